@@ -1,0 +1,35 @@
+# Needs Python >= 3.11, git and make; everything else is installed into .venv on first use.
+# Another interpreter: make test PYTHON=python3.12. No type checker: shapes and dtypes are what goes wrong here,
+# mypy does not see them and reports JAX's own untyped calls instead; ruff and the tests carry the load.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+TESTS ?= tests
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test lint systems clean
+
+demo: $(STAMP)
+	$(PY) -m benchmarks demo
+
+test: lint
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+systems: $(STAMP)
+	$(PY) -m jaxattn.systems --markdown
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; jaxattn needs 3.11 or newer: make PYTHON=/path/to/python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

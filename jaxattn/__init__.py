@@ -1,0 +1,1 @@
+"""Efficient attention and token selection for JAX."""

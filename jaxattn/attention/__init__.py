@@ -1,0 +1,1 @@
+"""Attention with another normaliser, gate or layout."""

@@ -1,0 +1,1 @@
+"""Cache policies: which keys exist while decoding."""

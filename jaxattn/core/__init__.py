@@ -1,0 +1,1 @@
+"""The algebra: masks, selections, attention, recurrences, statistics. Imports nothing above it."""

@@ -1,0 +1,1 @@
+"""Flax NNX layers around the pure functions; no method names here."""

@@ -1,0 +1,1 @@
+"""Token transforms: which rows of the residual stream go on."""

@@ -1,0 +1,1 @@
+"""Hot loops as Pallas kernels: one folder per operation, no knowledge of any method."""
