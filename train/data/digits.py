@@ -1,7 +1,8 @@
 """The handwritten digits that ship with scikit-learn (UCI optical recognition, 1797 images of 8 x 8).
 
-Split by instance: 1437 for training, 360 for validation, every class in proportion. Whatever is composed from them
-(scenes, augmented variants) keeps the instance number, so that a held-out digit can be shown never to have been seen.
+Split by instance: 1437 for training, 360 for validation, every class in proportion. Whatever is composed from
+them (scenes, augmented variants) keeps the instance number, so that a held-out digit can be shown never to have
+been seen.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def load(split: str) -> DigitBank:
 def resample(images: np.ndarray, size: int, matrix: np.ndarray | None = None) -> np.ndarray:
     """Bilinear resampling of [n, h, w] to [n, size, size]; outside the image is 0.
 
-    matrix f32 [n, 2, 2] maps output offsets from the centre (rows, columns) to input offsets; identity if None.
+    matrix f32 [n, 2, 2] maps output offsets from the centre (rows, columns) to input offsets; None: identity.
     """
     n, height, width = images.shape
     centre = np.array([height, width], np.float32) / 2
@@ -94,7 +95,7 @@ def augment(images: np.ndarray, size: int, *, seed: int) -> np.ndarray:
 def digit_bank(split: str, *, size: int = 16, variants: int | None = None, seed: int = 0) -> DigitBank:
     """Digits of one split at `size` x `size`.
 
-    variants: augmented copies of each digit; 0 gives the plain digits. None: 8 for training, 0 for validation.
+    variants: augmented copies of each digit; 0 gives the plain ones. None: 8 for training, 0 for validation.
     """
     plain = load(split)
     if size < 1:

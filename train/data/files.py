@@ -10,7 +10,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 
 
 def data_error(where: object, expected: str, got: object) -> ValueError:
-    """The error of every unreadable input: names the argument `data`, the place, the expectation, the finding."""
+    """The error of every unreadable input: the argument `data`, the place, what was expected, what came."""
     return ValueError(f"data: {where}: expected {expected}, got {got}")
 
 
@@ -21,10 +21,8 @@ def existing(data: str | Path, expected: str) -> Path:
     return path
 
 
-def hold_out(
-    items: Sequence, fraction: float, name: Callable[..., str]
-) -> tuple[list, list]:
-    """Split into (train, validation) by a hash of the name, so that the split does not depend on listing order.
+def hold_out(items: Sequence, fraction: float, name: Callable[..., str]) -> tuple[list, list]:
+    """Split into (train, validation) by a hash of the name, so that listing order does not matter.
 
     Validation gets round(fraction * n) items, at least one and never all; order is that of `items`.
     """
@@ -52,7 +50,7 @@ def pillow():
 
 
 def verify_image(path: Path, where: object) -> None:
-    """Read the header only: a folder of thousands must open quickly; the body is checked when it is decoded."""
+    """Read the header only: a folder of thousands must open quickly; decoding checks the body."""
     try:
         with pillow().open(path):
             pass

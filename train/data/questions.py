@@ -2,19 +2,20 @@
 
 Packed kinds have T = 6 words, left-padded, and a one-word answer read at the final "?". They are
 
-presence   "is there a 7 ?"                       yes or no, exactly balanced over consecutive scenes; yes asks for a digit
-                                                  that is there, no for one that is not (as POPE scores hallucination)
-place      "which digit at top-left ?"            occupied cells only: else "nothing there" becomes a shortcut when
-                                                  visual tokens are pruned
-count_all  "how many digits ?"                    the total
-count_of   "how many 3 ?"                         three quarters of them about a digit that occurs
-compare    "larger at top-left or bottom-right ?" the larger of the digits in two occupied cells
-reading    "first digit in top row ?"             first or last digit, left to right, of a row that is not empty
+presence   "is there a 7 ?"                        yes or no, exactly balanced over consecutive scenes, yes about a
+                                                   digit that is there and no about one that is not, so that
+                                                   hallucination can be scored as in POPE
+place      "which digit at top-left ?"             occupied cells only: else "nothing there" becomes a shortcut
+                                                   when visual tokens are pruned
+count_all  "how many digits ?"                     the total
+count_of   "how many 3 ?"                          three quarters of them about a digit that occurs
+compare    "larger at top-left or bottom-right ?"  the larger of the digits in two occupied cells
+reading    "first digit in top row ?"              first or last digit, left to right, of a row that is not empty
 
-Reading also comes with answers of several words, to be generated one at a time (`transcripts`): "read top row ?" or
-"read all digits ?", answered by the digits in raster order and "end". One-word answers keep the packed kinds uniform
-(one prediction per question, scored by one comparison); the transcript joins them in the same packed sequence, as a
-segment that is longer by its answer.
+Reading also comes with answers of several words, to be generated one at a time (`transcripts`): "read top row ?"
+or "read all digits ?", answered by the digits in raster order and "end". One-word answers keep the packed kinds
+uniform (one prediction per question, scored by one comparison); the transcript joins them in the same packed
+sequence, as a segment that is longer by its answer.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from functools import cached_property
 import numpy as np
 
 from train.data.digits import CLASSES
-from train.data.draws import integers, order, pick_cyclic, uniforms
+from train.data.draws import order, pick_cyclic, uniforms
 from train.data.scenes import Scenes
 
 WORDS = 6
@@ -56,8 +57,8 @@ class Vocabulary:
         rows, columns = axis_names(self.grid)
         cells = [f"{row}-{column}" for row in rows for column in columns]
         digits = [str(d) for d in range(CLASSES)]
-        rest = "yes no end ? is there a which digit digits at how many larger or first last in row read all".split()
-        return (PAD, *digits, *cells, *rows, *rest)
+        rest = "yes no end ? is there a which digit digits at how many larger or first last in row read all"
+        return (PAD, *digits, *cells, *rows, *rest.split())
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -67,7 +68,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str, length: int | None = None) -> np.ndarray:
-        """Words separated by blanks to int32 ids, left-padded to `length`. ValueError on an unknown word or too many."""
+        """Words separated by blanks to int32 ids, left-padded to `length`; unknown or too many words raise."""
         words = text.split()
         unknown = [word for word in words if word not in self.ids]
         if unknown:
@@ -91,7 +92,7 @@ class Vocabulary:
         return np.array([self.ids[row] for row in axis_names(self.grid)[0]])
 
     def fill(self, template: str, *blanks: np.ndarray) -> np.ndarray:
-        """[S, WORDS] from a template whose "_" are replaced, in order, by the id columns of `blanks` (int [S] each)."""
+        """[S, WORDS] from a template whose "_" are replaced, in order, by the ids of `blanks` (int [S] each)."""
         count = len(blanks[0]) if blanks else 1
         known = [self.ids.get(word, -1) for word in template.split()]
         out = np.zeros((count, WORDS), np.int32)
@@ -108,20 +109,22 @@ def digit_id(digit):
 
 def _presence(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
     present = scenes.presence.astype(bool)
-    there = pick_cyclic(u[:, :CLASSES], present, n)
-    missing = pick_cyclic(u[:, :CLASSES], ~present, n)
+    half = np.arange(n) // 2  # yes and no alternate: the j-th question is number j // 2 of its answer
+    there = pick_cyclic(u[:, :CLASSES], present, n)[:, half]
+    missing = pick_cyclic(u[:, :CLASSES], ~present, n)[:, half]
     yes = (scenes.index[:, None] + np.arange(n)) % 2 == 0
     # Nothing or everything there leaves one honest answer.
     yes = np.where(present.all(1)[:, None], True, yes & present.any(1)[:, None])
     asked = np.where(yes, there, missing)
     question = vocab.fill("is there a _ ?", digit_id(asked).ravel())
-    return question, np.where(yes, vocab.ids["yes"], vocab.ids["no"]).ravel(), "presence"
+    return question, np.where(yes, vocab.ids["yes"], vocab.ids["no"]).ravel(), KINDS.index("presence")
 
 
 def _place(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
     cell = pick_cyclic(u[:, : scenes.config.cells], scenes.digit >= 0, n)
     answer = digit_id(np.take_along_axis(scenes.digit, cell, 1))
-    return vocab.fill("which digit at _ ?", vocab.cell_ids[cell].ravel()), answer.ravel(), "place"
+    question = vocab.fill("which digit at _ ?", vocab.cell_ids[cell].ravel())
+    return question, answer.ravel(), KINDS.index("place")
 
 
 def _compare(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
@@ -131,7 +134,7 @@ def _compare(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
     pair = pick_cyclic(u, digit >= 0, 2)
     answer = digit_id(np.take_along_axis(digit, pair, 1).max(1))
     named = vocab.cell_ids[pair]
-    return vocab.fill("larger at _ or _ ?", named[:, 0], named[:, 1]), answer, "compare"
+    return vocab.fill("larger at _ or _ ?", named[:, 0], named[:, 1]), answer, KINDS.index("compare")
 
 
 def _count(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
@@ -147,8 +150,8 @@ def _count(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
         question.append(vocab.fill("how many _ ?", word))
         answer.append(digit_id(number))
         is_all.append(total)
-    question, answer = np.stack(question, 1).reshape(-1, WORDS), np.stack(answer, 1).ravel()
-    return question, answer, np.where(np.stack(is_all, 1).ravel(), "count_all", "count_of")
+    kind = np.where(np.stack(is_all, 1).ravel(), KINDS.index("count_all"), KINDS.index("count_of"))
+    return np.stack(question, 1).reshape(-1, WORDS), np.stack(answer, 1).ravel(), kind
 
 
 def _by_row(scenes: Scenes) -> np.ndarray:
@@ -166,7 +169,8 @@ def _reading(scenes: Scenes, vocab: Vocabulary, u: np.ndarray, n: int):
     at = np.where(first, from_left, from_right)
     answer = digit_id(np.take_along_axis(line, at[..., None], 2))
     end = np.where(first, vocab.ids["first"], vocab.ids["last"])
-    return vocab.fill("_ digit in _ row ?", end.ravel(), vocab.row_ids[row].ravel()), answer.ravel(), "reading"
+    question = vocab.fill("_ digit in _ row ?", end.ravel(), vocab.row_ids[row].ravel())
+    return question, answer.ravel(), KINDS.index("reading")
 
 
 ASK = {
@@ -180,7 +184,7 @@ ASK = {
 
 @dataclass(frozen=True)
 class Questions:
-    """questions int32 [S, Q, T] (left-padded words), answers int32 [S, Q], kind int32 [S, Q] (index into KINDS)."""
+    """questions int32 [S, Q, T] (left-padded words), answers int32 [S, Q], kind int32 [S, Q] (place in KINDS)."""
 
     questions: np.ndarray
     answers: np.ndarray
@@ -190,8 +194,8 @@ class Questions:
 def ask(scenes: Scenes, mix: tuple[tuple[str, int], ...] = MIX, *, seed: int | None = None) -> Questions:
     """Questions for each scene, determined by (seed, scene number, mix).
 
-    mix: (kind, number per scene), kinds being the keys of ASK ("count" alternates between count_all and count_of).
-    seed: None takes the scenes'. Scenes with a single digit have no pair to compare: compare then asks about it twice.
+    mix: (kind, number per scene), kinds being the keys of ASK ("count": count_all and count_of in turn).
+    seed: None takes the scenes'. A scene with a single digit has no pair to compare: compare names its cell twice.
     """
     vocab = Vocabulary(scenes.config.grid)
     seed = scenes.seed if seed is None else seed
@@ -204,12 +208,10 @@ def ask(scenes: Scenes, mix: tuple[tuple[str, int], ...] = MIX, *, seed: int | N
             raise ValueError(f"mix: expected kinds of {list(ASK)} with a positive number, got {(kind, n)}")
         make, draws = ASK[kind]
         u = uniforms(seed, QUESTIONS + position, scenes.index, draws(scenes.config.grid, n))
-        question, answer, names = make(scenes, vocab, u, n)
-        numbers = np.searchsorted(np.sort(KINDS), names)
-        numbers = np.broadcast_to(np.argsort(KINDS)[numbers], count * n)
-        parts.append((question.reshape(count, n, WORDS), answer.reshape(count, n), numbers.reshape(count, n)))
-    question, answer, kind = (np.concatenate(arrays, 1).astype(np.int32) for arrays in zip(*parts, strict=True))
-    return Questions(question, answer, kind)
+        question, answer, number = make(scenes, vocab, u, n)
+        number = np.broadcast_to(number, count * n).reshape(count, n)
+        parts.append((question.reshape(count, n, WORDS), answer.reshape(count, n), number))
+    return Questions(*(np.concatenate(arrays, 1).astype(np.int32) for arrays in zip(*parts, strict=True)))
 
 
 def transcripts(scenes: Scenes, *, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -239,12 +241,15 @@ def transcripts(scenes: Scenes, *, seed: int | None = None) -> tuple[np.ndarray,
     return question.astype(np.int32), answer.astype(np.int32)
 
 
-def pack(questions: np.ndarray, answers: np.ndarray, *more: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+def pack(
+    questions: np.ndarray, answers: np.ndarray, *more: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
     """One sequence per scene in the layout record (all [S, L]): tokens int32, targets int32, loss_mask float32,
-    segment int32 (question number from 1; 0 = padding, to be seen by nothing), position int32 (from 0 in each segment).
+    segment int32 (question number from 1; 0 = padding, to be seen by nothing), position int32 (from 0 in each
+    segment, padding counted).
 
-    questions [S, Q, T] with answers [S, Q] take T tokens each; every (questions [S, T], answers [S, A]) of `more` takes
-    T + A - 1, its answer fed back in. The answer is the target at "?"; nothing else is trained.
+    questions [S, Q, T] with answers [S, Q] take T tokens each; every (questions [S, T], answers [S, A]) of `more`
+    takes T + A - 1, its answer fed back in. The answer is the target at "?"; nothing else is trained.
     """
     blocks = [(questions[:, j], answers[:, j, None]) for j in range(questions.shape[1])]
     columns = {name: [] for name in ("tokens", "targets", "loss_mask", "segment", "position")}

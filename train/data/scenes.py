@@ -1,8 +1,8 @@
 """Digit scenes: handwritten digits in the named cells of a canvas.
 
-A scene is fully determined by (seed, index, config, bank): any range can be made anywhere, again. Digits sit on the
-patch grid inside their cell, because a small vision tower otherwise spends its training on assembling digits from
-misaligned patches. Pixels are stored as uint8 (quantisation step 0.006, far below the noise) and read as float32.
+A scene is fully determined by (seed, index, config, bank): any range can be made anywhere, again. Digits sit on
+the patch grid inside their cell, because a small vision tower otherwise spends its training on assembling digits
+from misaligned patches. Pixels are stored as uint8 (step 0.006, far below the noise) and read as float32.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,10 @@ LAYOUT, NOISE = 0, 1  # random streams; questions use the ones after these
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Geometry in pixels. The canvas has grid x grid cells; a digit is shifted inside its cell by multiples of `step`
-    (None: the patch) on each axis. `repeat_share` of the scenes draw all digits from `repeat_classes` classes, so
-    that repeats occur. Contrast is uniform in its range for each digit, noise the deviation of Gaussian noise."""
+    """Geometry in pixels. The canvas has grid x grid cells; a digit is shifted inside its cell by multiples of
+    `step` (None: the patch) on each axis. `repeat_share` of the scenes draw all digits from `repeat_classes`
+    classes, so that repeats occur. Contrast is uniform in its range for each digit, noise the deviation of Gaussian
+    noise."""
 
     canvas: int = 96
     grid: int = 3
@@ -41,8 +42,8 @@ class SceneConfig:
             raise ValueError(f"step: expected at least 1 pixel, got {self.step}")
         if self.grid < 1 or self.cell < self.digit:
             raise ValueError(
-                f"grid: expected cells that hold a digit of {self.digit} pixels, got {self.grid} x {self.grid} cells "
-                f"of {self.cell} pixels on a canvas of {self.canvas}"
+                f"grid: expected cells that hold a digit of {self.digit} pixels, got {self.grid} x {self.grid} "
+                f"cells of {self.cell} pixels on a canvas of {self.canvas}"
             )
         low, high = self.digits
         if not 1 <= low <= high <= self.cells:
@@ -68,10 +69,11 @@ class SceneConfig:
     @property
     def origins(self) -> np.ndarray:
         """int64 [grid]: where the cells begin on each axis."""
-        return np.linspace(0, self.canvas - self.cell, self.grid).astype(np.int64) // self.jitter * self.jitter
+        begin = np.linspace(0, self.canvas - self.cell, self.grid).astype(np.int64)
+        return begin // self.jitter * self.jitter
 
     def dense(self) -> "SceneConfig":
-        """The same canvas with more digits (5 to 9 of 9 cells): more to see per scene for the vision stage."""
+        """The same canvas with more digits (5 to 9 of 9 cells): more to see for the vision stage."""
         return replace(self, digits=(min(5, self.cells), self.cells))
 
 
@@ -79,9 +81,9 @@ class SceneConfig:
 class Scenes:
     """S scenes with C = grid^2 cells in raster order.
 
-    pixels uint8 [S, H, W]; digit int32 [S, C], the digit in each cell, -1 where empty; instance int32 [S, C], its row in
-    scikit-learn's table, -1; box int32 [S, C, 4] (y0, x0, y1, x1; end exclusive), -1; index int64 [S], the scenes'
-    numbers; seed; config.
+    pixels uint8 [S, H, W]; digit int32 [S, C], the digit in each cell; instance int32 [S, C], its row in
+    scikit-learn's table; box int32 [S, C, 4] (y0, x0, y1, x1; end exclusive); all three -1 where the cell is empty;
+    index int64 [S], the scenes' numbers; seed; config.
     """
 
     pixels: np.ndarray
@@ -126,8 +128,8 @@ class Scenes:
 def make_scenes(bank: DigitBank, config: SceneConfig, *, seed: int, start: int, stop: int) -> Scenes:
     """Scenes start..stop of the endless sequence that (bank, config, seed) names.
 
-    bank: digits of the split to use (`digits.digit_bank`), of side config.digit. Raises ValueError on a bank of another
-    size or without some class, and on an empty or negative range.
+    bank: digits of the split to use (`digits.digit_bank`), of side config.digit. Raises ValueError on a bank of
+    another size or without some class, and on an empty or negative range.
     """
     if bank.images.shape[1:] != (config.digit, config.digit):
         raise ValueError(f"bank: expected images of side {config.digit}, got {bank.images.shape[1:]}")
@@ -135,7 +137,8 @@ def make_scenes(bank: DigitBank, config: SceneConfig, *, seed: int, start: int, 
         raise ValueError(f"start, stop: expected 0 <= start < stop, got {start}, {stop}")
     per_class = np.bincount(bank.labels, minlength=CLASSES)
     if (per_class == 0).any():
-        raise ValueError(f"bank: expected every digit 0-9, got none of {np.flatnonzero(per_class == 0).tolist()}")
+        missing = np.flatnonzero(per_class == 0).tolist()
+        raise ValueError(f"bank: expected every digit 0-9, got none of {missing}")
 
     index = np.arange(start, stop)
     cells, size, count = config.cells, config.digit, stop - start
