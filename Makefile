@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 TESTS ?= tests
 
+# The environment holds TPU's compiler; without a TPU, JAX would look for one first.
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test lint systems clean

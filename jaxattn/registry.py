@@ -30,7 +30,7 @@ SOCKETS = (
     "analysis",
 )
 
-# A folder says what its papers are about, not which socket they fill: every family is searched for every socket.
+# A folder says what its papers are about, not which socket they fill: all are searched for every socket.
 FAMILIES = (
     "attention",
     "sparse",

@@ -90,7 +90,7 @@ def markdown() -> str:
     lines = [
         "# Systems",
         "",
-        "Made by `make systems` from `jaxattn/systems.toml`. A system counts as working when its entry point imports,",
+        "Made by `make systems` from `jaxattn/systems.toml`. A system works when its entry point imports,",
         f"is documented and has a test. {works} of {len(rows)} work.",
         "",
         "| | system | paper | kinds | status | where |",

@@ -1,7 +1,7 @@
 """What differs between JAX 0.10 and 0.11, in one place.
 
-`jax.enable_x64`, `jax.shard_map` and the `CompilerParams` of the TPU, Triton and Mosaic GPU back ends carry the
-same names in both; use them directly.
+`jax.enable_x64`, `jax.shard_map` and the `CompilerParams` of the TPU, Triton and Mosaic GPU back ends have
+the same names in both; use them directly.
 """
 
 import jax

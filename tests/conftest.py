@@ -1,0 +1,44 @@
+"""What tests share: the CPU with eight virtual devices, a compilation cache, golden vectors, a generator."""
+
+import os
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Shared by the workers, by later runs and by the programs that tests start: a second run compiles in a sixth
+# of the time and a first one is not slower. A damaged entry is reported and compiled again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+# Sharding tests run in this process: eight devices cost the other tests nothing that could be measured. A
+# config value and not XLA_FLAGS, so that programs a test starts do not inherit it.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden(name)`: the arrays of tests/golden/<name>/io.npz as a dict; `<number>-` may be left out."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        root = TESTS / "golden"
+        folders = [root / name] if (root / name).is_dir() else sorted(root.glob(f"[0-9][0-9][0-9]-{name}"))
+        if len(folders) != 1 or not (folders[0] / "io.npz").is_file():
+            known = ", ".join(sorted(p.parent.name for p in root.glob("*/io.npz")))
+            raise FileNotFoundError(f"no golden vectors {name!r} in {root}; there are: {known or 'none'}")
+        with np.load(folders[0] / "io.npz") as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    return load
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers for every test, whatever the order or the worker."""
+    return np.random.default_rng(0)
