@@ -193,7 +193,7 @@ def maps_in(tree: ast.Module) -> list[tuple[str, int, str]]:
 
 
 def test_no_map_outside_references():
-    """A first look only: the jaxpr tests of core count elements, and core, where tiles are made, is theirs."""
+    """A first look only: the jaxpr tests of core count elements; core, where tiles are made, is theirs."""
     maps = [
         f"{name(path)}:{line} in {function}: {subscripts}"
         for path in FILES
