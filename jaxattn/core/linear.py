@@ -4,8 +4,9 @@
     o_t = scale * q_t S_t
 
 There is no normaliser. A denominator is one more column of values: `with_ones(v)` in, `row_correct` out.
-The chunked form follows Lightning Attention-2 (arXiv:2401.04658), with decays per head, token or channel; it only ever
-exponentiates differences of cumulated log-decays, which are <= 0, so that strong decays underflow instead of overflowing.
+The chunked form follows Lightning Attention-2 (arXiv:2401.04658), with decays per head, token or channel. It
+only exponentiates differences of cumulated log-decays, which are <= 0: strong decays underflow, they never
+overflow.
 """
 
 import jax
@@ -24,8 +25,8 @@ def linear_attend(
         q: [B, N, H, F] (feature-mapped) queries.
         k: [B, N, G, F] keys, H a multiple of G.
         v: [B, N, G', Dv] values, H a multiple of G' (usually G' = G).
-        log_decay: natural log of the factor on the state before token t is added: None (no decay), [H], [B|1, N, H] or
-            [B|1, N, H, F]. Values are <= 0 in every use we know; -inf forgets everything before the token.
+        log_decay: natural log of the factor on the state before token t is added: None (no decay), [H],
+            [B|1, N, H] or [B|1, N, H, F]. Expected <= 0; -inf forgets everything before the token.
         state: [B, H, F, Dv] state before the first token; None is zeros.
         chunk: tokens per block of the recurrence. Changes speed and memory, not the result.
         causal: False lets every token see all tokens (and `state`); log_decay must then be None.
@@ -33,9 +34,10 @@ def linear_attend(
         implementation: None (choose) | "xla" (chunks) | "reference" (token by token).
 
     Returns:
-        out [B, N, H, Dv] in the dtype of v, and the state after the last token, [B, H, F, Dv] in at least float32.
+        out [B, N, H, Dv] in the dtype of v, and the state after the last token, [B, H, F, Dv], float32 or
+        wider.
 
-    Memory is linear in N, in the gradient too: one state per chunk is kept, everything else of a chunk is recomputed.
+    Memory is linear in N, in the gradient too: one state per chunk is kept, the rest is recomputed.
 
     Raises:
         ValueError: for shapes that do not fit, a decay without causality, or an unknown implementation.
@@ -82,7 +84,7 @@ def linear_step(state, q1, k1, v1, log_decay1=None, *, scale=1.0):
 
 
 def with_ones(v):
-    """Appends a column of ones: the last column of the output is then sum_j of the weights, the denominator."""
+    """Appends a column of ones to v: the last column of the output is then the sum of the weights."""
     return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
 
 
@@ -94,7 +96,7 @@ def row_correct(num, z, vbar=None, mode="divide", eps=None):
         z: [B, N, H], sum_j s_ij (the ones column).
         vbar: mean of the values, broadcastable to num; only read by "inline" and "mala".
         mode: "divide": num / z, rows with z = 0 give zeros;
-            "inline": num + (1 - z) vbar (arXiv:2412.06590);
+            "inline": num + (1 - z) vbar (InLine, "Bridging the Divide", NeurIPS 2024);
             "mala": (1 + 1/z) num - z vbar (arXiv:2507.00698);
             "none": num.
         eps: added to z where it divides; default 0 for "divide", 1e-6 for "mala".
@@ -147,7 +149,7 @@ def scan_mix(a, b, axis=1, *, initial=None, reverse=False):
     return jax.lax.associative_scan(join, (a_, b_), reverse=reverse, axis=axis)[1].astype(b.dtype)
 
 
-# --- forms -----------------------------------------------------------------------------------------------------------
+# --- forms ------------------------------------------------------------------------------------------
 
 
 def _all_to_all(q, k, v, state, scale):
@@ -191,7 +193,8 @@ def _chunked(q, k, v, log_decay, state, chunk, scale):
     elif log_decay.ndim == 1:
         per_head = _floor(log_decay.astype(dtype))
         real = (np.arange(pieces * size) < n).reshape(pieces, 1, size, 1)
-        xs.append(jnp.asarray(np.cumsum(real, axis=2), dtype))  # exact: n_t * log_decay instead of a running sum
+        # exact: a count times log_decay instead of a running sum
+        xs.append(jnp.asarray(np.cumsum(real, axis=2), dtype))
     else:
         xs.append(_pieces(_floor(log_decay.astype(dtype)), pieces, size))
 
@@ -213,7 +216,7 @@ def _chunked(q, k, v, log_decay, state, chunk, scale):
 
 
 def _block(state, q, k, v, cum):
-    """One chunk. q, k [B,C,H,F], v [B,C,H,Dv], cum [B|1,C,H] log-decay from the chunk's start through each token."""
+    """One chunk. q, k [B,C,H,F], v [B,C,H,Dv], cum [B|1,C,H]: summed log-decays of the chunk."""
     c = q.shape[1]
     seen = np.tril(np.ones((c, c), bool))
     logits = jnp.einsum("bthf,bshf->bhts", q, k)
@@ -244,7 +247,7 @@ def _channel_block(state, x):
     return state + jnp.einsum("bshf,bshe->bhfe", k * jnp.exp(cum[:, -1:] - cum), v), out
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- shapes ------------------------------------------------------------------------------------------
 
 
 def _pieces(x, pieces, size):
@@ -285,7 +288,7 @@ def _initial(state, q, v, dtype):
 def _check(q, k, v, log_decay, state, causal):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.shape[:2] != q.shape[:2]:
-            want = "[B, N, heads, channels]" if name == "q" else f"[{q.shape[0]}, {q.shape[1]}, heads, channels]"
+            want = "[B, N, heads, channels]" + ("" if name == "q" else f" with B, N = {q.shape[:2]} as in q")
             raise ValueError(f"{name}: expected {want}, got {x.shape}")
         if x.shape[2] == 0 or q.shape[2] % x.shape[2]:
             raise ValueError(f"{name}: expected a number of heads that divides {q.shape[2]}, got {x.shape}")
@@ -299,5 +302,6 @@ def _check(q, k, v, log_decay, state, causal):
     if not causal:
         raise ValueError("log_decay: expected None when causal=False, a decay needs an order")
     shape = tuple(log_decay.shape)
-    if shape != (h,) and not (len(shape) in (3, 4) and shape[0] in (1, b) and shape[1:] == (n, h, f)[: len(shape) - 1]):
+    fits = len(shape) in (3, 4) and shape[0] in (1, b) and shape[1:] == (n, h, f)[: len(shape) - 1]
+    if shape != (h,) and not fits:
         raise ValueError(f"log_decay: expected {(h,)}, {(b, n, h)} or {(b, n, h, f)}, got {shape}")
