@@ -1,8 +1,8 @@
 """The handwritten digits that ship with scikit-learn (UCI optical recognition, 1797 images of 8 x 8).
 
-Split by instance: 1437 for training, 360 for validation, every class in proportion. Whatever is composed from
-them (scenes, augmented variants) keeps the instance number, so that a held-out digit can be shown never to have
-been seen.
+Split by instance: 1437 for training, 360 for validation, every class in proportion. Whatever is composed
+from them (scenes, augmented variants) keeps the instance number, so that a held-out digit can be shown
+never to have been seen.
 """
 
 from dataclasses import dataclass
@@ -65,9 +65,10 @@ def resample(images: np.ndarray, size: int, matrix: np.ndarray | None = None) ->
         at = np.broadcast_to(grid, (n, size, size, 2))
     else:
         at = np.einsum("nij,yxj->nyxi", matrix.astype(np.float32), grid)
-    at = np.clip(at + centre + 0.5, 0, [height + 1, width + 1]).astype(np.float32)  # in the padded image
+    limit = np.array([height + 1, width + 1], np.float32)
+    at = np.clip(at + centre + np.float32(0.5), 0, limit)  # in the padded image
     low = np.minimum(at.astype(np.int32), [height, width])
-    part = at - low
+    part = at - low.astype(np.float32)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1))).reshape(n, -1)
     flat = low[..., 0] * (width + 2) + low[..., 1]
     corner = [

@@ -2,20 +2,20 @@
 
 Packed kinds have T = 6 words, left-padded, and a one-word answer read at the final "?". They are
 
-presence   "is there a 7 ?"                        yes or no, exactly balanced over consecutive scenes, yes about a
-                                                   digit that is there and no about one that is not, so that
-                                                   hallucination can be scored as in POPE
-place      "which digit at top-left ?"             occupied cells only: else "nothing there" becomes a shortcut
-                                                   when visual tokens are pruned
+presence   "is there a 7 ?"                        yes or no, exactly balanced over consecutive scenes:
+                                                   yes about a digit that is there, no about one that
+                                                   is not, so hallucination can be scored as in POPE
+place      "which digit at top-left ?"             occupied cells only: else "nothing there" becomes a
+                                                   shortcut when visual tokens are pruned
 count_all  "how many digits ?"                     the total
 count_of   "how many 3 ?"                          three quarters of them about a digit that occurs
 compare    "larger at top-left or bottom-right ?"  the larger of the digits in two occupied cells
-reading    "first digit in top row ?"              first or last digit, left to right, of a row that is not empty
+reading    "first digit in top row ?"              first or last digit, left to right, of a row with digits
 
-Reading also comes with answers of several words, to be generated one at a time (`transcripts`): "read top row ?"
-or "read all digits ?", answered by the digits in raster order and "end". One-word answers keep the packed kinds
-uniform (one prediction per question, scored by one comparison); the transcript joins them in the same packed
-sequence, as a segment that is longer by its answer.
+Reading also comes with answers of several words, to be generated one at a time (`transcripts`): "read top
+row ?" or "read all digits ?", answered by the digits in raster order and "end". One-word answers keep the
+packed kinds uniform (one prediction per question, scored by one comparison); the transcript joins them in
+the same packed sequence, as a segment that is longer by its answer.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,8 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str, length: int | None = None) -> np.ndarray:
-        """Words separated by blanks to int32 ids, left-padded to `length`; unknown or too many words raise."""
+        """Words separated by blanks to int32 ids, left-padded to `length`; unknown or too many words
+        raise."""
         words = text.split()
         unknown = [word for word in words if word not in self.ids]
         if unknown:
@@ -92,7 +93,8 @@ class Vocabulary:
         return np.array([self.ids[row] for row in axis_names(self.grid)[0]])
 
     def fill(self, template: str, *blanks: np.ndarray) -> np.ndarray:
-        """[S, WORDS] from a template whose "_" are replaced, in order, by the ids of `blanks` (int [S] each)."""
+        """[S, WORDS] from a template whose "_" are replaced, in order, by the ids of `blanks` (int [S]
+        each)."""
         count = len(blanks[0]) if blanks else 1
         known = [self.ids.get(word, -1) for word in template.split()]
         out = np.zeros((count, WORDS), np.int32)
@@ -184,7 +186,8 @@ ASK = {
 
 @dataclass(frozen=True)
 class Questions:
-    """questions int32 [S, Q, T] (left-padded words), answers int32 [S, Q], kind int32 [S, Q] (place in KINDS)."""
+    """questions int32 [S, Q, T] (left-padded words), answers int32 [S, Q], kind int32 [S, Q] (place in
+    KINDS)."""
 
     questions: np.ndarray
     answers: np.ndarray
@@ -195,7 +198,8 @@ def ask(scenes: Scenes, mix: tuple[tuple[str, int], ...] = MIX, *, seed: int | N
     """Questions for each scene, determined by (seed, scene number, mix).
 
     mix: (kind, number per scene), kinds being the keys of ASK ("count": count_all and count_of in turn).
-    seed: None takes the scenes'. A scene with a single digit has no pair to compare: compare names its cell twice.
+    seed: None takes the scenes'. A scene with a single digit has no pair to compare: compare names its cell
+    twice.
     """
     vocab = Vocabulary(scenes.config.grid)
     seed = scenes.seed if seed is None else seed
@@ -244,12 +248,13 @@ def transcripts(scenes: Scenes, *, seed: int | None = None) -> tuple[np.ndarray,
 def pack(
     questions: np.ndarray, answers: np.ndarray, *more: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """One sequence per scene in the layout record (all [S, L]): tokens int32, targets int32, loss_mask float32,
-    segment int32 (question number from 1; 0 = padding, to be seen by nothing), position int32 (from 0 in each
-    segment, padding counted).
+    """One sequence per scene in the layout record (all [S, L]): tokens int32, targets int32, loss_mask
+    float32, segment int32 (question number from 1; 0 = padding, to be seen by nothing), position int32
+    (from 0 in each segment, padding counted).
 
-    questions [S, Q, T] with answers [S, Q] take T tokens each; every (questions [S, T], answers [S, A]) of `more`
-    takes T + A - 1, its answer fed back in. The answer is the target at "?"; nothing else is trained.
+    questions [S, Q, T] with answers [S, Q] take T tokens each; every (questions [S, T], answers [S, A]) of
+    `more` takes T + A - 1, its answer fed back in. The answer is the target at "?"; nothing else is
+    trained.
     """
     blocks = [(questions[:, j], answers[:, j, None]) for j in range(questions.shape[1])]
     columns = {name: [] for name in ("tokens", "targets", "loss_mask", "segment", "position")}

@@ -1,8 +1,9 @@
 """Digit scenes: handwritten digits in the named cells of a canvas.
 
-A scene is fully determined by (seed, index, config, bank): any range can be made anywhere, again. Digits sit on
-the patch grid inside their cell, because a small vision tower otherwise spends its training on assembling digits
-from misaligned patches. Pixels are stored as uint8 (step 0.006, far below the noise) and read as float32.
+A scene is fully determined by (seed, index, config, bank): any range can be made anywhere, again. Digits
+sit on the patch grid inside their cell, because a small vision tower otherwise spends its training on
+assembling digits from misaligned patches. Pixels are stored as uint8 (step 0.006, far below the noise) and
+read as float32.
 """
 
 from dataclasses import dataclass, replace
@@ -19,10 +20,10 @@ LAYOUT, NOISE = 0, 1  # random streams; questions use the ones after these
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """Geometry in pixels. The canvas has grid x grid cells; a digit is shifted inside its cell by multiples of
-    `step` (None: the patch) on each axis. `repeat_share` of the scenes draw all digits from `repeat_classes`
-    classes, so that repeats occur. Contrast is uniform in its range for each digit, noise the deviation of Gaussian
-    noise."""
+    """Geometry in pixels. The canvas has grid x grid cells; a digit is shifted inside its cell by multiples
+    of `step` (None: the patch) on each axis. `repeat_share` of the scenes draw all digits from
+    `repeat_classes` classes, so that repeats occur. Contrast is uniform in its range for each digit, noise
+    the deviation of Gaussian noise."""
 
     canvas: int = 96
     grid: int = 3
@@ -82,8 +83,8 @@ class Scenes:
     """S scenes with C = grid^2 cells in raster order.
 
     pixels uint8 [S, H, W]; digit int32 [S, C], the digit in each cell; instance int32 [S, C], its row in
-    scikit-learn's table; box int32 [S, C, 4] (y0, x0, y1, x1; end exclusive); all three -1 where the cell is empty;
-    index int64 [S], the scenes' numbers; seed; config.
+    scikit-learn's table; box int32 [S, C, 4] (y0, x0, y1, x1; end exclusive); all three -1 where the cell
+    is empty; index int64 [S], the scenes' numbers; seed; config.
     """
 
     pixels: np.ndarray
@@ -128,8 +129,8 @@ class Scenes:
 def make_scenes(bank: DigitBank, config: SceneConfig, *, seed: int, start: int, stop: int) -> Scenes:
     """Scenes start..stop of the endless sequence that (bank, config, seed) names.
 
-    bank: digits of the split to use (`digits.digit_bank`), of side config.digit. Raises ValueError on a bank of
-    another size or without some class, and on an empty or negative range.
+    bank: digits of the split to use (`digits.digit_bank`), of side config.digit. Raises ValueError on a
+    bank of another size or without some class, and on an empty or negative range.
     """
     if bank.images.shape[1:] != (config.digit, config.digit):
         raise ValueError(f"bank: expected images of side {config.digit}, got {bank.images.shape[1:]}")
