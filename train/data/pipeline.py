@@ -55,7 +55,8 @@ class Batches:
             raise ValueError(f"size: expected at least one record, got {self.size}")
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(
-                f"process_index: expected 0 <= index < process_count={self.process_count}, got {self.process_index}"
+                f"process_index: expected 0 <= index < process_count={self.process_count}, "
+                f"got {self.process_index}"
             )
         if self.batch_size < 1 or self.batch_size % self.process_count:
             raise ValueError(
@@ -70,8 +71,8 @@ class Batches:
             )
         if self.drop_remainder and self.epochs is not None and self.size * self.epochs < self.batch_size:
             raise ValueError(
-                f"batch_size: expected at most {self.size * self.epochs}, the records of {self.epochs} epochs, "
-                f"got {self.batch_size}"
+                f"batch_size: expected at most {self.size * self.epochs}, the records of "
+                f"{self.epochs} epochs, got {self.batch_size}"
             )
 
     def __len__(self) -> int:
@@ -199,17 +200,20 @@ def vlm_dataset(
     validation: float = 0.1,
     **stream,
 ) -> Batches:
-    """Images with questions. Every batch has image float32 [b, H, W, channels] and the layout record [b, L].
+    """Images with questions: image float32 [b, H, W, channels] and the layout record, all [b, L].
 
     data None: digit scenes (1 channel), `count` of them (None: 12000 to train, 2000 to validate) of
-    `config`, or those given as `scenes`; they are made once and held as uint8 (9 KB each). Then the batch
-    also has
-      patch_labels int32 [b, P], presence float32 [b, 10], box int32 [b, C, 4], and unless `mix` is empty
-      questions int32 [b, Q, T], answers int32 [b, Q], kind int32 [b, Q] and the layout record, L = Q * T;
-      with_transcript: transcript_question int32 [b, T], transcript_answer int32 [b, A], and a last segment
-      in the record, T + A - 1 longer.
+    `config`, or those given as `scenes`; made once and held as uint8 (9 KB each). The batch also has
+      patch_labels int32 [b, P], presence float32 [b, 10], box int32 [b, C, 4];
+      questions int32 [b, Q, T], answers int32 [b, Q], kind int32 [b, Q]; the record has L = Q * T;
+      with_transcript: transcript_question int32 [b, T], transcript_answer int32 [b, A], and one more segment
+      in the record, L = Q * T + T + A - 1.
+    An empty `mix` leaves questions and record out (the vision stage needs none).
+
     data a jsonl of image, question, answer: see `folders.image_questions` (tokenizer, size, length apply);
-    3 channels. info: vocab_size, channels, size, and kinds and vocabulary (scenes) or tokenizer (jsonl).
+    3 channels unless said otherwise, L = length.
+
+    info: vocab_size, channels, size, and kinds and vocabulary (scenes) or tokenizer (jsonl).
     """
     check_split(split)
     if data is not None:

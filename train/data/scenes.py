@@ -43,8 +43,8 @@ class SceneConfig:
             raise ValueError(f"step: expected at least 1 pixel, got {self.step}")
         if self.grid < 1 or self.cell < self.digit:
             raise ValueError(
-                f"grid: expected cells that hold a digit of {self.digit} pixels, got {self.grid} x {self.grid} "
-                f"cells of {self.cell} pixels on a canvas of {self.canvas}"
+                f"grid: expected cells that hold a digit of {self.digit} pixels, got "
+                f"{self.grid} x {self.grid} cells of {self.cell} pixels on a canvas of {self.canvas}"
             )
         low, high = self.digits
         if not 1 <= low <= high <= self.cells:
