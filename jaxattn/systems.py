@@ -16,6 +16,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def problem(system: System) -> str:
     if not (callable(entry) and (entry.__doc__ or "").strip()):
         return f"entry {system.entry} is not a documented function"
     # Tests belong to the checkout; an installed package cannot look for them.
-    if (ROOT / "tests").is_dir() and not has_test(system.test):
+    if IS_CHECKOUT and not has_test(system.test):
         return f"test {system.test or '(none)'} does not exist"
     return ""
 
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [asdict(s) | {"status": s.status} for s in systems()]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif arguments.markdown:
-        if not (ROOT / "pyproject.toml").is_file():
+        if not IS_CHECKOUT:
             sys.exit("--markdown writes into a checkout; this is an installed package")
         (ROOT / "SYSTEMS.md").write_text(markdown())
     else:
