@@ -1,0 +1,303 @@
+"""``attend``: the one attention of the library, and the monoid of its partial results.
+
+A Call says what is attended (own keys and cached Views), under which mask, Selection, biases and gains; the answer is a
+Part. Everything that several key sets share (sinks, class gains, gates) happens once, after their Parts are merged, so
+a prompt split over caches, branches or devices has the value and the gradient of the undivided one.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.core.mask import block_map
+from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, expect
+from pallas_kernels.flash import Options, flash
+
+TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path
+
+
+def attend(q, k, v, *, where=None, mask=None, q_meta=None, k_meta=None, bias=None, scale=None, score_mod=None,
+           normalizer="softmax", sink_logit=None, out_gate=None, row=None, key=None, implementation=None) -> Part:
+    """Attention of queries to keys.
+
+    Args:
+      q: [B, N, H, D].  k: [B, M, G, D] with H % G == 0.  v: [B, M, G, Dv].
+      where: Selection of key units per query tile, or None (every unit the mask can see).
+      mask: expression of ``jaxattn.masks`` or None.  q_meta, k_meta: Meta; default positions 0..N-1 aligned at the end
+        (the last query sits at the last key) when N <= M, else at the start.
+      bias: [B|1, H|1, N|1, M] added to the logits.  scale: multiplies q.k, default D ** -0.5.
+      score_mod, normalizer, sink_logit, out_gate, row, key: see ``Call``.
+      implementation: None (best that works) | "reference" | "xla".
+    Returns: Part(out [B, N, H, Dv], lse [B, N, H]).
+    """  # fmt: skip
+    call = make_call(q, k, v, where=where, mask=mask, q_meta=q_meta, k_meta=k_meta, bias=bias, scale=scale,
+                     score_mod=score_mod, normalizer=normalizer, sink_logit=sink_logit, out_gate=out_gate,
+                     row=row or {}, key=key or {})  # fmt: skip
+    return attend_call(call, implementation=implementation)[0]
+
+
+def make_call(q, k, v, *, q_meta=None, k_meta=None, **rest) -> Call:
+    """A checked Call. Default Metas are numpy, so their block maps are known at trace time."""
+    check_qkv(q, k, v)
+    n, m = q.shape[1], k.shape[1]
+    k_meta = Meta.of(m) if k_meta is None else k_meta
+    if q_meta is None:
+        q_meta = Meta.of(n, pos=np.arange(n, dtype=np.int32)[None] + max(m - n, 0))
+    for name, meta, rows in (("q_meta", q_meta, n), ("k_meta", k_meta, m)):
+        expect(name, f"{meta.n} rows", f"{rows} rows, as many as the array it describes", meta.n == rows)
+    return Call(q, k, v, q_meta, k_meta, **rest)
+
+
+def check_qkv(q, k, v) -> None:
+    """The shape rules of every attention, as errors that name the argument."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect(name, f"shape {x.shape}", "[batch, tokens, heads, head_dim]", x.ndim == 4)
+        expect(name, x.dtype, "a floating dtype", jnp.issubdtype(x.dtype, jnp.floating))
+    expect("k", f"batch {k.shape[0]}", f"the queries' batch, {q.shape[0]}", k.shape[0] == q.shape[0])
+    expect("v", f"{v.shape[:3]}", f"batch, tokens and heads of k, {k.shape[:3]}", v.shape[:3] == k.shape[:3])
+    expect("k", f"head_dim {k.shape[3]}", f"head_dim of q, {q.shape[3]}", k.shape[3] == q.shape[3])
+    expect("q", f"{q.shape[2]} heads", f"a multiple of the {k.shape[2]} kv heads", q.shape[2] % k.shape[2] == 0)
+
+
+def attend_call(call: Call, *, stats: tuple[str, ...] = (), implementation: str | None = None) -> tuple[Part, dict]:
+    """Attend own keys and every past View, merged; see ``attend``.
+
+    ``stats``: "masses" adds {"masses": [B, N, H, C]} of the classes of ``call.gain``. Per-key sums come from
+    ``statistics.received`` with the returned lse.
+    """
+    check_qkv(call.q, call.k, call.v)
+    check_call(call)
+    classes = call.gain.groups if call.gain is not None else 0
+    dv = call.v.shape[-1]
+    part = attend_keys(call, implementation)
+    for view in call.past:
+        if view.own is not None:
+            part = hide(part, view.own)
+    part = merge(part, *(attend_view(call, view, implementation) for view in call.past))
+    out, lse = part.out, part.lse
+    found = {}
+    if classes:
+        per_class = out[..., : classes * dv].reshape(*out.shape[:-1], classes, dv)
+        masses = out[..., classes * dv :].astype(jnp.promote_types(out.dtype, jnp.float32))
+        gains = call.gain(masses, call.gain_args)
+        out = jnp.einsum("bnhc,bnhcd->bnhd", gains, per_class.astype(gains.dtype)).astype(call.v.dtype)
+        if "masses" in stats:
+            found["masses"] = masses
+    if call.normalizer == "l1":
+        total = out[..., -1:]
+        out, lse = out[..., :-1] / jnp.where(total == 0, 1.0, total), None
+    elif call.normalizer == "none":
+        lse = None
+    if call.sink_logit is not None:
+        out, lse = _absorb(out, lse, call.sink_logit)
+    if call.out_gate is not None:
+        out = (out * call.out_gate).astype(out.dtype)
+    return Part(out, lse), found
+
+
+def check_call(call: Call) -> None:
+    expect("normalizer", call.normalizer, "'softmax', 'l1' or 'none'", call.normalizer in ("softmax", "l1", "none"))
+    if call.normalizer != "softmax":
+        expect("normalizer", call.normalizer, "'softmax' beside bias, sink_logit, gain or token sizes",
+               call.bias is None and call.sink_logit is None and call.gain is None and "bias" not in call.key)  # fmt: skip
+    if call.bias is not None:
+        n, m, h = call.q.shape[1], call.k.shape[1], call.q.shape[2]
+        shape = tuple(call.bias.shape)
+        ok = len(shape) == 4 and shape[1] in (1, h) and shape[2] in (1, n) and shape[3] == m
+        expect("bias", f"shape {shape}", f"[B|1, 1|{h}, 1|{n}, {m}]", ok)
+
+
+def _absorb(out, lse, sink_logit):
+    """Put a logit's mass, which carries no value, into the normaliser."""
+    sink = jnp.broadcast_to(sink_logit, lse.shape).astype(lse.dtype)
+    total = jnp.logaddexp(jnp.where(jnp.isfinite(lse), lse, -jnp.inf), sink)
+    keep = jnp.where(jnp.isfinite(lse), jnp.exp(jnp.where(jnp.isfinite(lse), lse, 0.0) - total), 0.0)
+    return (out * keep[..., None]).astype(out.dtype), total
+
+
+def hide(part: Part, seen: Array) -> Part:
+    """The Part with rows where ``seen`` (bool, broadcastable to [B, N, H]) is False emptied."""
+    seen = jnp.broadcast_to(seen, part.out.shape[:-1])
+    lse = None if part.lse is None else jnp.where(seen, part.lse, -jnp.inf)
+    return Part(jnp.where(seen[..., None], part.out, 0), lse)
+
+
+# --------------------------------------------------------------------------------------------------- one set of keys
+
+
+def attend_keys(call: Call, implementation: str | None = None) -> Part:
+    """The Part of the own keys alone, before merging, sinks and gates. With ``gain``, ``out`` has the class columns."""
+    operands, options = lower(call)
+    out, lse = flash(operands, options, implementation)
+    return Part(out, None if call.normalizer != "softmax" else lse)
+
+
+def view_call(call: Call, view: View) -> Call:
+    """The Call that attends a View instead of the own keys, over the query heads the view covers."""
+    q, row, args = call.q, call.row, call.gain_args
+    if view.heads is not None:
+        g = call.k.shape[2]
+        q = _take_heads(q, view.heads, g)
+        row = {k: _take_heads(x, view.heads, g) for k, x in row.items()}
+    return call.replace(q=q, k=view.k, v=view.v, k_meta=view.meta, key=view.key, where=view.where, bias=None, row=row,
+                        gain_args=args, past=())  # fmt: skip
+
+
+def attend_view(call: Call, view: View, implementation: str | None = None) -> Part:
+    """The Part of one View, over all query heads (rows of heads it does not cover are empty)."""
+    part = attend_keys(view_call(call, view), implementation)
+    if view.heads is None:
+        return part
+    return Part(_put_heads(part.out, view.heads, call, 0), _put_heads(part.lse, view.heads, call, -jnp.inf))
+
+
+def _take_heads(x, heads, g: int):
+    """x [B, N, H|1, ...] -> the query heads of kv heads ``heads`` [G']."""
+    if x.ndim < 3 or x.shape[2] == 1:
+        return x
+    grouped = x.reshape(*x.shape[:2], g, x.shape[2] // g, *x.shape[3:])
+    return grouped[:, :, heads].reshape(*x.shape[:2], -1, *x.shape[3:])
+
+
+def _put_heads(x, heads, call: Call, fill):
+    if x is None:
+        return None
+    g, h = call.k.shape[2], call.q.shape[2]
+    x = x.reshape(*x.shape[:2], heads.shape[0], h // g, *x.shape[3:])
+    full = jnp.full((*x.shape[:2], g, *x.shape[3:]), fill, x.dtype).at[:, :, heads].set(x)
+    return full.reshape(*full.shape[:2], h, *full.shape[4:])
+
+
+def lower(call: Call) -> tuple[dict, Options]:
+    """A Call's own keys as the kernel's operands and static options."""
+    q, k, v = call.q, call.k, call.v
+    n, m, h = q.shape[1], k.shape[1], q.shape[2]
+    key = dict(call.key)
+    group = key.pop("group", None)
+    key_bias = key.pop("bias", None)
+    bias = call.bias
+    if bias is not None and bias.shape[2] == 1:  # constant over the queries: a row vector, not a table
+        extra = jnp.moveaxis(bias[:, :, 0], 1, 2)
+        key_bias, bias = extra if key_bias is None else key_bias + extra, None
+    if call.k_meta.size is not None:
+        size = _per_key(jnp.log(jnp.maximum(call.k_meta.size, 1e-9)))
+        key_bias = size if key_bias is None else key_bias + size
+    if call.gain is not None:
+        v = class_columns(v, group, call.gain.groups)
+    elif call.normalizer == "l1":
+        v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], -1)
+    names = call.mask.fields() if call.mask is not None else frozenset()
+    if call.score_mod is not None:
+        names = names | call.score_mod.fields()
+    where = call.where
+    if where is None:
+        where = dense_list(call.mask, call.q_meta, call.k_meta, n, m)
+    check_selection(where, call)
+    operands = {
+        "q": q, "k": k, "v": v, "bias": bias, "key_bias": key_bias,
+        "index": jnp.asarray(where.index), "count": jnp.asarray(where.count), "bounds": where.bounds,
+        "log_weight": where.log_weight, "k_valid": jnp.asarray(call.k_meta.valid),
+        "q_fields": {x: jnp.asarray(_field(call.q_meta, x)) for x in names},
+        "k_fields": {x: jnp.asarray(_field(call.k_meta, x)) for x in names},
+        "row": {x: jnp.broadcast_to(a, (a.shape[0], n, a.shape[2])) for x, a in call.row.items()}, "key": key,
+    }  # fmt: skip
+    expect("key", sorted(key), f"side rows of {m} keys", all(a.shape[1] == m for a in key.values()))
+    expect("row", sorted(call.row), f"1 or {h} heads", all(a.shape[2] in (1, h) for a in call.row.values()))
+    step = max(1, min(where.index.shape[-1], 128 // where.unit))  # small units are read together
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    normalizer = "softmax" if call.normalizer == "softmax" else "none"
+    options = Options(call.mask, call.score_mod, normalizer, scale, where.unit, where.tile, step)
+    return {name: x for name, x in operands.items() if x is not None}, options
+
+
+def _field(meta: Meta, name: str):
+    from jaxattn.core.mask import field_of
+
+    return field_of(meta, name)
+
+
+def _per_key(x):
+    """A Meta field [B|1, M] or [B, G, M] as side rows [B|1, M, 1|G]."""
+    return x[..., None] if x.ndim == 2 else jnp.moveaxis(x, 1, 2)
+
+
+def class_columns(v: Array, group: Array, classes: int) -> Array:
+    """[B, M, G, C * Dv + C]: the values of each class in columns of their own, then one column per class of ones.
+
+    Attention to these columns gives, per row, every class's share of the output and its mass: no map is needed."""
+    expect("key['group']", None if group is None else group.shape, "int32 [B|1, M, 1|G]", group is not None)
+    one = (group[..., None] == jnp.arange(classes)).astype(v.dtype)  # [B|1, M, 1|G, C]
+    one = jnp.broadcast_to(one, (*v.shape[:3], classes))
+    return jnp.concatenate([(one[..., None] * v[..., None, :]).reshape(*v.shape[:3], -1), one], -1)
+
+
+def dense_list(mask, q_meta: Meta, k_meta: Meta, n: int, m: int) -> Selection:
+    """Lists of the key tiles each query tile may see: known at trace time where both Metas are."""
+    tile, unit = min(n, TILE), min(m, UNIT)
+    if n <= TILE and m <= UNIT:
+        return Selection(np.zeros((1, 1, 1, 1), np.int32), np.ones((1, 1, 1), np.int32), unit, tile)
+    may, _ = block_map(mask, q_meta, k_meta, tile, unit)
+    if isinstance(may, np.ndarray):
+        may = may.any((0, 1), keepdims=True)
+        count = may.sum(-1).astype(np.int32)
+        cap = max(1, int(count.max()))
+        index = np.argsort(~may, axis=-1, kind="stable")[..., :cap].astype(np.int32)
+        return Selection(np.where(np.arange(cap) < count[..., None], index, 0).astype(np.int32), count, unit, tile)
+    may = jnp.any(may, (0, 1), keepdims=True)
+    may = jnp.broadcast_to(may, (1, 1, -(-n // tile), -(-m // unit)))
+    index = jnp.argsort(~may, axis=-1, stable=True).astype(jnp.int32)
+    return Selection(index, may.sum(-1).astype(jnp.int32), unit, tile)
+
+
+def check_selection(where: Selection, call: Call) -> None:
+    (b, n, h, _), g = call.q.shape, call.k.shape[2]
+    shape = where.index.shape
+    expect("where.index", f"shape {shape}", "[B|1, Hs, Nq, K]", len(shape) == 4)
+    expect("where.index", f"batch {shape[0]}", f"1 or {b}", shape[0] in (1, b))
+    expect("where.index", f"{shape[1]} heads", f"1, {g} (kv heads) or {h} (query heads)", shape[1] in (1, g, h))
+    tiles = -(-n // where.tile)
+    expect("where.index", f"{shape[2]} query tiles", f"{tiles} tiles of {where.tile} rows for {n} rows", shape[2] == tiles)
+    expect("where.index", "no units per tile", "at least one", shape[3] > 0)
+    expect("where.count", f"shape {where.count.shape}", f"{shape[:3]}", tuple(where.count.shape) == tuple(shape[:3]))
+
+
+# ------------------------------------------------------------------------------------------------------------- merge
+
+
+def merge(*parts: Part, log_weight=None, gain=None) -> Part:
+    """One softmax over the union of the parts' keys: a commutative monoid under log-sum-exp.
+
+    Args:
+      log_weight: per part, broadcastable to [B, N, H]; added inside the normaliser.
+      gain: per part, multiplied on its share outside the normaliser.
+    Parts without lse are unnormalised and simply add.
+    """
+    expect("parts", "none", "at least one Part", len(parts) > 0)
+    if len(parts) == 1 and log_weight is None and gain is None:
+        return parts[0]
+    if all(p.lse is None for p in parts):
+        gains = [1.0] * len(parts) if gain is None else gain
+        return Part(sum(p.out * g for p, g in zip(parts, gains, strict=True)), None)
+    expect("parts", "some without lse", "all with lse, or all without", all(p.lse is not None for p in parts))
+    lse = jnp.stack([p.lse for p in parts])
+    if log_weight is not None:
+        lse = lse + jnp.stack([jnp.broadcast_to(w, lse.shape[1:]) for w in log_weight])
+    seen = lse > -jnp.inf
+    # Rows that no part sees would give exp(-inf - -inf); both the value and the gradient stay 0 here.
+    top = jnp.max(jnp.where(seen, lse, -jnp.inf), 0)
+    safe_top = jnp.where(jnp.isfinite(top), top, 0.0)
+    mass = jnp.where(seen, jnp.exp(jnp.where(seen, lse, 0.0) - safe_top), 0.0)
+    total = mass.sum(0)
+    some = total > 0
+    share = mass / jnp.where(some, total, 1.0)
+    if gain is not None:
+        share = share * jnp.stack([jnp.broadcast_to(g, share.shape[1:]) for g in gain])
+    out = sum(p.out.astype(share.dtype) * s[..., None] for p, s in zip(parts, share, strict=True))
+    total_lse = jnp.where(some, safe_top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    return Part(out.astype(parts[0].out.dtype), total_lse)
+
+
+def mix(parts, weights) -> Array:
+    """Branches without a common softmax: sum of weights[i] * parts[i].out; weights broadcast to [B, N, H]."""
+    return sum(p.out * jnp.asarray(w)[..., None] for p, w in zip(parts, weights, strict=True)).astype(parts[0].out.dtype)

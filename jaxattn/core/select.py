@@ -1,0 +1,168 @@
+"""Every choice from scores: top-k, coverage, thresholds, protection, greedy loops; and the one gather of tokens.
+
+Ties go to the lowest index. Kept indices ascend where order carries meaning (``keep_top``); everything is static-shaped:
+a count below the capacity is expressed by a ``valid`` mask, never by a smaller array.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.core.types import Array, Selection, expect
+
+
+def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    """(values, index) [..., k] of the k largest entries of the last axis, largest first, ties to the lowest index."""
+    expect("k", k, f"between 1 and the {scores.shape[-1]} entries", 1 <= k <= scores.shape[-1])
+    return jax.lax.top_k(scores, k)
+
+
+def keep_top(scores: Array, k: int, *, count=None) -> tuple[Array, Array]:
+    """Indices of the k largest entries in ascending order, for one row or a batch of rows.
+
+    Args:
+      scores: [..., M]; -inf marks entries that must not be kept while others are left.
+      k: static capacity, 1 <= k <= M.  count: int32 [...] or scalar, how many of the k to use (default all).
+    Returns:
+      index int32 [..., k] ascending among the valid ones, padded with 0; valid bool [..., k], valid entries first.
+    """
+    values, index = top_k(scores, k)
+    valid = values > -jnp.inf
+    if count is not None:
+        valid &= jnp.arange(k) < jnp.asarray(count)[..., None]
+    index = jnp.sort(jnp.where(valid, index, scores.shape[-1]), axis=-1)
+    valid = index < scores.shape[-1]
+    return jnp.where(valid, index, 0).astype(jnp.int32), valid
+
+
+def protect(scores: Array, rows: Array) -> Array:
+    """Scores with ``rows`` (bool) raised to +inf: chosen before all others."""
+    return jnp.where(rows, jnp.inf, scores)
+
+
+def forbid(scores: Array, rows: Array) -> Array:
+    """Scores with ``rows`` (bool) lowered to -inf: never chosen."""
+    return jnp.where(rows, -jnp.inf, scores)
+
+
+def rank_of(scores: Array) -> Array:
+    """int32 rank of each entry of the last axis, 0 for the largest; ties to the lowest index."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def coverage_count(p: Array, gamma, *, rule: str = "until") -> Array:
+    """How many of the largest entries of non-negative ``p`` [..., M] are needed to cover the mass ``gamma``.
+
+    rule: "until" the smallest count whose sum reaches gamma; "within" the largest count whose sum is <= gamma;
+    "beyond" one more than "within" (FlexPrefill's token count).
+    """
+    csum = jnp.cumsum(jnp.sort(p, axis=-1)[..., ::-1], axis=-1)
+    if rule == "until":
+        return jnp.minimum(jnp.sum(csum < gamma, axis=-1) + 1, p.shape[-1])
+    expect("rule", rule, "'until', 'within' or 'beyond'", rule in ("within", "beyond"))
+    return jnp.sum(csum <= gamma, axis=-1) + (rule == "beyond")
+
+
+def top_p(p: Array, gamma, *, rule: str = "until") -> Array:
+    """bool [..., M]: the largest entries that cover ``gamma`` of the mass under ``rule`` (see coverage_count)."""
+    return rank_of(p) < coverage_count(p, gamma, rule=rule)[..., None]
+
+
+def per_group(scores: Array, group: Array, quota: Array) -> Array:
+    """bool [..., M]: in each group the ``quota[g]`` largest entries.
+
+    Args: scores [..., M]; group int32 [..., M] in [0, Q); quota int32 [..., Q].
+    """
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    g = jnp.take_along_axis(jnp.broadcast_to(group, scores.shape), order, axis=-1)
+    onehot = jax.nn.one_hot(g, quota.shape[-1], dtype=jnp.int32)  # [..., M, Q]: M x groups, never M x M
+    place = jnp.take_along_axis(jnp.cumsum(onehot, axis=-2), g[..., None], axis=-1)[..., 0] - 1
+    keep = place < jnp.take_along_axis(jnp.broadcast_to(quota, (*g.shape[:-1], quota.shape[-1])), g, axis=-1)
+    inverse = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(keep, inverse, axis=-1)
+
+
+def greedy(gain, update, state, n: int, k: int, *, forbidden: Array | None = None) -> Array:
+    """k steps of argmax over candidates, the loop behind every greedy selector.
+
+    Args:
+      gain: state -> [n] gain of each candidate.  update: (state, chosen index) -> state.  state: any pytree.
+      n: candidates.  k: picks, at most n.  forbidden: bool [n], never picked.
+    Returns: int32 [k] in order of picking; first index on ties. Vectorise over batches with ``jax.vmap``.
+    """
+    expect("k", k, f"between 1 and the {n} candidates", 1 <= k <= n)
+
+    def step(carry, _):
+        state, taken = carry
+        j = jnp.argmax(jnp.where(taken, -jnp.inf, gain(state))).astype(jnp.int32)
+        return (update(state, j), taken.at[j].set(True)), j
+
+    taken = jnp.zeros(n, bool) if forbidden is None else forbidden
+    return jax.lax.scan(step, (state, taken), None, length=k)[1]
+
+
+def gather_tokens(x: Array, index: Array) -> Array:
+    """x [B, N, ...], index int32 [B, K] -> [B, K, ...]. A batched gather, so a sharded batch stays sharded."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+def scatter_tokens(x: Array, index: Array, rows: Array) -> Array:
+    """x [B, N, ...] with rows [B, K, ...] written at index int32 [B, K]; an index outside [0, N) is dropped."""
+    return jax.vmap(lambda row, i, r: row.at[i].set(r, mode="drop"))(x, index, rows)
+
+
+def from_mask(active: Array, *, unit: int, tile: int, cap: int | None = None, scores: Array | None = None) -> Selection:
+    """A Selection from a table of active units.
+
+    Args:
+      active: bool [B|1, Hs, Nq, M units].  cap: static limit of entries per row (default: all units).
+      scores: [B|1, Hs, Nq, M]; which to keep where more than ``cap`` are active (default: the lowest indices).
+    """
+    n = active.shape[-1]
+    cap = n if cap is None else min(cap, n)
+    if scores is None:
+        order = jnp.argsort(~active, axis=-1, stable=True)[..., :cap].astype(jnp.int32)
+        count = jnp.minimum(active.sum(-1), cap).astype(jnp.int32)
+        index = jnp.where(jnp.arange(cap) < count[..., None], order, 0)
+    else:
+        index, valid = keep_top(jnp.where(active, scores, -jnp.inf), cap)
+        count = valid.sum(-1).astype(jnp.int32)
+    return Selection(index, count, unit=unit, tile=tile)
+
+
+def from_index(index: Array, valid: Array, *, unit: int, tile: int) -> Selection:
+    """A Selection from indices [B|1, Hs, Nq, K] with ``valid``: sorted ascending, duplicates counted once."""
+    big = jnp.iinfo(jnp.int32).max
+    index = jnp.sort(jnp.where(valid, index, big), axis=-1)
+    fresh = jnp.concatenate([index[..., :1] < big, (index[..., 1:] != index[..., :-1]) & (index[..., 1:] < big)], -1)
+    index = jnp.sort(jnp.where(fresh, index, big), axis=-1)
+    return Selection(jnp.where(index < big, index, 0).astype(jnp.int32), fresh.sum(-1).astype(jnp.int32), unit, tile)
+
+
+def to_mask(where: Selection, units: int) -> Array:
+    """bool [B|1, Hs, Nq, units] of a Selection. A table of units, for tests and small problems."""
+    live = jnp.arange(where.index.shape[-1]) < where.count[..., None]
+    index = jnp.where(live, where.index, units)
+    table = jnp.zeros((*index.shape[:-1], units + 1), bool)
+    return jnp.put_along_axis(table, index, True, axis=-1, inplace=False)[..., :units]
+
+
+def expand(where: Selection, factor: int) -> Selection:
+    """The same keys in units ``factor`` times smaller."""
+    expect("factor", factor, f"a divisor of the unit {where.unit}", factor >= 1 and where.unit % factor == 0)
+    index = (where.index[..., None] * factor + jnp.arange(factor)).reshape(*where.index.shape[:-1], -1)
+    return Selection(index.astype(jnp.int32), where.count * factor, unit=where.unit // factor, tile=where.tile)
+
+
+def union(a: Selection, b: Selection) -> Selection:
+    """Units in either selection; units and tiles must agree."""
+    expect("b", (b.unit, b.tile), f"unit and tile of a, {(a.unit, a.tile)}", (a.unit, a.tile) == (b.unit, b.tile))
+    shape = jnp.broadcast_shapes(a.index.shape[:-1], b.index.shape[:-1])
+    parts, valid = [], []
+    for s in (a, b):
+        k = s.index.shape[-1]
+        parts.append(jnp.broadcast_to(s.index, (*shape, k)))
+        valid.append(jnp.broadcast_to(jnp.arange(k) < s.count[..., None], (*shape, k)))
+    return from_index(jnp.concatenate(parts, -1), jnp.concatenate(valid, -1), unit=a.unit, tile=a.tile)

@@ -1,0 +1,520 @@
+"""The card of contracts: every record that crosses a boundary in this library.
+
+Two kinds of record live here.
+
+* ``@data`` records are pytrees: they carry arrays (and a few static fields) through jit, grad, vmap and shard_map.
+* ``@contract`` records are frozen dataclasses compared and hashed by value. A method of the field is a lower-case
+  factory that returns one. Behaviour is methods; what varies without recompilation is an *operand*: a field declared
+  with :func:`operand`. :func:`split` separates a record into its static *program* and the arrays (*params*) of its
+  operands, so that changing a gain, a threshold, a layer set or a budget inside its bucket compiles nothing.
+
+Letters: B batch, N new rows (queries), M key rows, H query heads, G kv heads (H % G == 0), D head size, Dv value size,
+L layers, K key units; ``B|1`` means "or broadcast".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A static (hashed, not traced) field of a ``@data`` record."""
+    return field(default=default, metadata={"static": True})
+
+
+def data(cls):
+    """Class decorator: a frozen dataclass that is a pytree; fields made with :func:`static` are its treedef."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    meta = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    jax.tree_util.register_dataclass(cls, [n for n in names if n not in meta], meta)
+    cls.replace = lambda self, **changes: dataclasses.replace(self, **changes)
+    return cls
+
+
+@data
+class Meta:
+    """What is known about each token. Everything positional reads it, so pruned, packed, permuted and cached rows need
+    no special case.
+
+    Attributes:
+      pos: int32 [B|1, N]; order in time, the only field causality, windows and age read.
+      valid: bool [B|1, N]; padding is False.
+      rope: [B|1, N] or [B|1, N, A] or None; what the rotary embedding reads (None: ``pos``).
+      size: float32 [B|1, N] or None; input tokens a row stands for: ``attend`` adds log(size) to its logits.
+      labels: {name: int32 [B|1, N]}; kind, role, segment, turn, frame, row, col, ...
+    All fields may carry a kv-head axis, [B, G, N], where kv heads keep different rows (caches).
+    """
+
+    pos: Array
+    valid: Array
+    rope: Array | None = None
+    size: Array | None = None
+    labels: dict[str, Array] = field(default_factory=dict)
+
+    @staticmethod
+    def of(n: int, *, pos=None, valid=None, rope=None, size=None, **labels) -> Meta:
+        """Meta of ``n`` consecutive tokens (numpy, hence known at trace time, unless arrays are given)."""
+        pos = np.arange(n, dtype=np.int32)[None] if pos is None else pos
+        valid = np.ones(pos.shape, bool) if valid is None else valid
+        return Meta(pos, valid, rope, size, labels)
+
+    @property
+    def n(self) -> int:
+        return self.pos.shape[-1]
+
+    def gather(self, index: Array) -> Meta:
+        """Rows ``index`` [B, K] of every field."""
+        from jaxattn.core.select import gather_tokens
+
+        def take(x):
+            return gather_tokens(jnp.broadcast_to(jnp.asarray(x), (index.shape[0], *x.shape[1:])), index)
+
+        return jax.tree.map(take, self)
+
+
+@data
+class Selection:
+    """Which key units each tile of queries reads.
+
+    Attributes:
+      index: int32 [B|1, Hs, Nq, K], Hs in {1, G, H}; valid entries first, ascending, no duplicates.
+      count: int32 [B|1, Hs, Nq]; entries in use; loops stop there.
+      unit: static; keys per unit.  tile: static; queries per tile; Nq = ceil(N / tile).
+      bounds: int32 [B|1, Hs, Nq, K, 2] or None; live range [start, stop) inside each unit.
+      pos: int32 [B|1, Hs, Nq, K] or None; rotary position given to the first key of a retrieved unit.
+      log_weight: float32 [B|1, Hs, Nq, K] or None; added to the logits of a unit.
+    A selection never encodes exact causality: the mask is applied on top.
+    """
+
+    index: Array
+    count: Array
+    unit: int = static(1)
+    tile: int = static(1)
+    bounds: Array | None = None
+    pos: Array | None = None
+    log_weight: Array | None = None
+
+
+@data
+class Part:
+    """A partial attention: ``out`` [B, N, H, Dv] normalised by its own mass, ``lse`` float32 [B, N, H] the log of that
+    mass (-inf for rows that see nothing, whose ``out`` is 0). ``lse=None``: not normalised; such Parts add."""
+
+    out: Array
+    lse: Array | None = None
+
+
+@data
+class View:
+    """What a cache shows to attention, already in the layer's dtype.
+
+    Attributes:
+      k, v: [B, M, G', D], [B, M, G', Dv].   meta: of the M rows, fields [B|1, M] or [B, G', M].
+      key: {name: [B|1, M, G'|H'|1]}; per-key side rows (see Call.key).
+      where: a Selection over the M rows, or None.
+      own: bool [B|1, N|1, H] or None; False hides the new rows themselves from that query row and head.
+      heads: int32 [G'] or None; the kv heads this view covers (None: all of them).
+    """
+
+    k: Array
+    v: Array
+    meta: Meta
+    key: dict[str, Array] = field(default_factory=dict)
+    where: Selection | None = None
+    own: Array | None = None
+    heads: Array | None = None
+
+
+@data
+class Call:
+    """The arguments of one attention.
+
+    Attributes:
+      q: [B, N, H, D];  k: [B, M, G, D];  v: [B, M, G, Dv]; rotary already applied.
+      q_meta, k_meta: Meta of the N and M rows.
+      past: Views of cached keys, attended besides k, v (each query row softmaxes over the union).
+      where: Selection over the M own keys.  bias: float [B|1, H|1, N|1, M], added to the own keys' logits.
+      row: {name: [B|1, N|1, H|1]}, key: {name: [B|1, M, H|G|1]}: operands of score_mod. ``key["bias"]`` is added to
+        the logits; ``key["group"]`` int32 is the class of each key for ``gain``.
+      sink_logit: [H] or [B|1, N|1, H]; mass exp(sink_logit) joins the normaliser and carries no value.
+      out_gate: [B, N, H, 1|Dv]; multiplies the output.
+      gain: a contract ``gain(masses [B, N, H, C], args) -> gains [B, N, H, C]`` with ``groups = C``: the output
+        becomes sum_c gains_c * (part of the output that came from class c). gain_args: its arrays.
+      mask: a ``masks`` expression.  score_mod: a contract ``(logits, q: Meta, k: Meta, row, key) -> logits``.
+      normalizer: "softmax" | "l1" (divide by the sum of scores) | "none".  scale: None means D ** -0.5.
+      rope: the layer's Rope, for Selections that give their own positions.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    q_meta: Meta
+    k_meta: Meta
+    past: tuple[View, ...] = ()
+    where: Selection | None = None
+    bias: Array | None = None
+    row: dict[str, Array] = field(default_factory=dict)
+    key: dict[str, Array] = field(default_factory=dict)
+    sink_logit: Array | None = None
+    out_gate: Array | None = None
+    gain_args: dict[str, Array] = field(default_factory=dict)
+    mask: Any = static(None)
+    score_mod: Any = static(None)
+    normalizer: str = static("softmax")
+    scale: float | None = static(None)
+    gain: Any = static(None)
+    rope: Any = static(None)
+
+    def map_keys(self, fn) -> Call:
+        """Apply ``fn(meta, key) -> key`` to the side rows of the own keys and of every past view alike."""
+        past = tuple(view.replace(key=fn(view.meta, view.key)) for view in self.past)
+        return self.replace(key=fn(self.k_meta, self.key), past=past)
+
+
+@data
+class Tokens:
+    """Rows of a residual stream: x [B, N, C], meta, slot int32 [B, N0] (row that now carries original row i; -1: none)."""
+
+    x: Array
+    meta: Meta
+    slot: Array | None = None
+
+
+@data
+class State:
+    """State of a socket. ``layer``: pytree, leaves stacked [L, ...] outside the layer loop, one layer's slice inside.
+    ``shared``: threaded from layer to layer and from step to step."""
+
+    layer: Any = ()
+    shared: Any = ()
+
+
+@data
+class Ctx:
+    """Where a call happens.
+
+    Attributes:
+      layer: int32 scalar (traced inside the scan).  step: int32 scalar; tokens generated so far.
+      key: PRNG key or None.  x: the block's normalised input [B, N, C].  hidden: the residual stream [B, N, C].
+      const: read-only memory (e.g. visual rows for cross attention).
+      phase: "train" | "prefill" | "decode".  site: "vision" | "llm" | "llm.8" ...  spec: the stack's Spec.
+    """
+
+    layer: Any = 0
+    step: Any = 0
+    key: Any = None
+    x: Any = None
+    hidden: Any = None
+    const: Any = ()
+    phase: str = static("train")
+    site: str = static("")
+    spec: Any = static(None)
+
+
+# ------------------------------------------------------------------------------------------------------ contracts
+class _Operand:
+    """Stands in a program for a value that lives in its params."""
+
+    def __repr__(self):
+        return "<operand>"
+
+    def __eq__(self, other):
+        return isinstance(other, _Operand)
+
+    def __hash__(self):
+        return 7919
+
+
+OPERAND = _Operand()
+
+
+@dataclasses.dataclass(frozen=True)
+class Const:
+    """A numpy array compared and hashed by value: how artifacts and tables sit in a record."""
+
+    blob: bytes
+    shape: tuple[int, ...]
+    dtype: str
+
+    @staticmethod
+    def of(x) -> Const:
+        x = np.asarray(x)
+        return Const(x.tobytes(), x.shape, x.dtype.str)
+
+    def numpy(self) -> np.ndarray:
+        return np.frombuffer(self.blob, self.dtype).reshape(self.shape)
+
+    def __repr__(self):
+        return f"Const({self.dtype}{list(self.shape)})"
+
+
+BUCKETS = tuple([1, 2, 4, 8, 12] + list(range(16, 128, 8)) + list(range(128, 512, 32)) + list(range(512, 4096, 256)))
+
+
+def bucket(n: int) -> int:
+    """The capacity that serves a budget of ``n``: equal for budgets that share compiled programs."""
+    for size in BUCKETS:
+        if n <= size:
+            return size
+    return -(-n // 1024) * 1024
+
+
+def operand(kind: str = "scalar", default: Any = dataclasses.MISSING) -> Any:
+    """A field whose value is an array at run time. Kinds and what ``split`` makes of a value:
+
+    scalar: float32 [];  int: int32 [];  array: the array;
+    layers: tuple of layer numbers (negative from the end) or None for all -> bool [L];
+    heads: None, an [L, H] or [H] table, or a tuple of head numbers -> float32 [L, H];
+    budget: n -> int32 [] beside the static capacity ``bucket(n)``.
+    """
+    if kind not in ("scalar", "int", "array", "layers", "heads", "budget"):
+        raise ValueError(f"kind: expected scalar, int, array, layers, heads or budget, got {kind!r}")
+    return field(default=default, metadata={"operand": kind})
+
+
+def _normal(value):
+    """Field values as plain, hashable values: equal arguments make equal records."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_normal(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _normal(v)) for k, v in value.items()))
+    if isinstance(value, (np.ndarray, jax.Array)) and np.ndim(value):
+        return Const.of(value)
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        value = value.item()
+    if isinstance(value, float):
+        return float(np.float32(value))
+    return value
+
+
+def contract(cls):
+    """Class decorator: a frozen record of values, with behaviour as methods. Never a pytree.
+
+    Lists become tuples, arrays become :class:`Const`, floats are rounded to float32, so records made from equal
+    arguments are equal and hash equal. An optional ``check(self)`` method validates the fields.
+    """
+    def post(self):
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _normal(getattr(self, f.name)))
+        if hasattr(self, "check"):
+            self.check()
+
+    cls.__post_init__ = post
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__contract__ = True
+    return cls
+
+
+def is_contract(x: Any) -> bool:
+    return getattr(type(x), "__contract__", False)
+
+
+@contract
+class Spec:
+    """Static sizes of a stack of layers: what ``init`` methods need to make parameters and states."""
+
+    layers: int = 1
+    dim: int = 0
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 0
+    value_dim: int = 0
+    batch: int = 1
+    length: int = 0  # rows a cache must be able to hold
+    dtype: str = "float32"
+
+    def replace(self, **changes) -> Spec:
+        return dataclasses.replace(self, **changes)
+
+
+def _as_array(kind: str, value, spec: Spec | None):
+    if isinstance(value, Const):
+        value = value.numpy()
+    if kind == "scalar":
+        return OPERAND, np.float32(value)
+    if kind == "int":
+        return OPERAND, np.int32(value)
+    if kind == "array":
+        return OPERAND, np.asarray(value)
+    if kind == "budget":
+        return bucket(value), np.int32(value)
+    layers, heads = (spec.layers, spec.heads) if spec is not None else (1, 1)
+    if kind == "layers":
+        on = np.zeros(layers, bool)
+        on[np.arange(layers) if value is None else _indices(value, layers, "layers")] = True
+        return OPERAND, on
+    table = np.ones(heads, np.float32)
+    if value is not None:
+        table = np.asarray(value)
+        if table.dtype.kind in "iu" and table.ndim == 1:  # a tuple of head numbers, not a table
+            table = np.zeros(heads, np.float32)
+            table[_indices(value, heads, "heads")] = 1.0
+    try:
+        return OPERAND, np.broadcast_to(table.astype(np.float32), (layers, heads)).copy()
+    except ValueError:
+        raise ValueError(f"heads: expected a table that broadcasts to {(layers, heads)}, got {table.shape}") from None
+
+
+def _indices(value, n: int, name: str):
+    for i in value:
+        if not -n <= i < n:
+            raise ValueError(f"{name}: expected numbers in [{-n}, {n}), got {i}")
+    return [i % n for i in value]
+
+
+def split(record, spec: Spec | None = None) -> tuple[Any, Any]:
+    """Separate a record into ``(program, params)``.
+
+    ``program`` is the record with its operands taken out (hashable: a jit static argument); ``params`` a dict of
+    arrays under the operands' field names, nested like the record (tuples of records give dicts "0", "1", ...).
+    """
+    if isinstance(record, tuple):
+        pairs = [split(r, spec) for r in record]
+        return tuple(p for p, _ in pairs), {str(i): a for i, (_, a) in enumerate(pairs) if a}
+    if not is_contract(record):
+        return record, {}
+    program = object.__new__(type(record))
+    params = {}
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        kind = f.metadata.get("operand")
+        if kind is None:
+            value, sub = split(value, spec)
+            if sub:
+                params[f.name] = sub
+        elif not (value is None and kind not in ("layers", "heads")):
+            value, params[f.name] = _as_array(kind, value, spec)
+        object.__setattr__(program, f.name, value)
+    return program, params
+
+
+def init_params(record, spec: Spec, key=None) -> dict:
+    """Operands of a record and, where it declares ``init(key, spec)``, freshly initialised trainable arrays."""
+    _, params = split(record, spec)
+    if hasattr(record, "init") and hasattr(record, "apply"):
+        params = {**params, **record.init(jax.random.key(0) if key is None else key, spec)}
+    return params
+
+
+@contract
+class Need:
+    """A request for evidence from inside a forward pass. The answer is one array under ``name``.
+
+    what: "received" (rows' weighted sum of probabilities, per key), "hidden" (residual stream), "keys" (k before the
+      rotary embedding), "rows" (probabilities of a few rows), "entropy", "head_out", "text" (prompt embeddings),
+      "features" (the vision tower's output).
+    at: "vision.-2" (inside layer -2 of the vision tower), "llm.7", "llm.*" (every layer, stacked first), or "next": the
+      layer that would run next, projected on the rows at the cut.
+    rows: whose queries: "all", "last", "cls", "text", "vision", an int w (the last w rows), or a contract
+      ``(meta, evidence) -> weights [B, N]``. Weights of named rows average over them; ``total=True`` sums instead.
+    over_heads: "mean" | "sum" | "max" | None (keep [B, H, M]).
+    temperature: divides the logits. iterate: applications of w <- w P (PageRank).
+    """
+
+    name: str
+    what: str = "received"
+    at: str = "next"
+    rows: Any = "all"
+    over_heads: str | None = "mean"
+    total: bool = False
+    temperature: float = 1.0
+    iterate: int = 1
+
+
+# The seven sockets. Protocols document what the model's loop calls; records need not inherit from them, and optional
+# members (marked) may simply be absent.
+@runtime_checkable
+class Attention(Protocol):
+    """What a layer's attention computes. Optional: ``init(key, spec) -> dict`` trainable arrays of one layer;
+    ``init_state(spec) -> State`` with ``recurrent = True`` when it owns its state instead of a cache;
+    ``side(params, x, k, v) -> {name: [B, N, G|1]}`` per-key rows that must be cached with k and v."""
+
+    def apply(self, params: dict, state: State, call: Call, ctx: Ctx) -> tuple[Part, State, dict]: ...
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """Any sub-layer x -> y with parameters. ``init(key, spec) -> dict``; optional ``init_state(spec) -> State``."""
+
+    def apply(self, params: dict, state: State, x: Array, meta: Meta, ctx: Ctx) -> tuple[Array, State, dict]: ...
+
+
+@runtime_checkable
+class TokenTransform(Protocol):
+    """Tokens and evidence in, fewer (or other) tokens out. ``rows(n)`` is the static number of rows that leave.
+    Optional: ``needs() -> tuple[Need, ...]``; ``acts_on`` = "vision" | "text" | "all" (default "vision");
+    ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``."""
+
+    def rows(self, n: int) -> int: ...
+
+    def apply(self, params: dict, state: State, tokens: Tokens, evidence: dict, ctx: Ctx) -> tuple[Tokens, State, dict]: ...
+
+
+@runtime_checkable
+class CachePolicy(Protocol):
+    """Which keys exist. Inside the layer loop the cache is read-only; ``pending`` says what a step leaves behind and
+    ``commit`` writes it for all layers at once.
+
+    ``rotated``: whether stored keys carry their rotary embedding (False: rotated on read at ``view.meta.rope``).
+    ``positions(params, state, meta, ctx) -> Meta`` (optional) sets the rotary positions of the new rows.
+    ``needs()`` (optional): evidence handed to ``pending`` as {"own": [B, H, N], "past": ([B, H, M], ...)} per name.
+    """
+
+    def init_state(self, spec: Spec) -> State: ...
+
+    def view(self, params: dict, state: State, q: Array, q_meta: Meta, ctx: Ctx) -> tuple[tuple[View, ...], Any]: ...
+
+    def pending(self, params, state, k, v, meta, side, evidence, ctx) -> Any: ...
+
+    def commit(self, params: dict, state: State, pending: Any) -> State: ...
+
+
+@runtime_checkable
+class Steering(Protocol):
+    """Edits of what a trained layer computes; every member is optional and absent where untouched:
+    ``side(params, state, meta, ctx) -> {name: rows}`` per-key facts frozen beside the cache (found at prefill);
+    ``call(params, state, call, ctx) -> Call``; ``heads(params, state, out [B, N, H, Dv], ctx) -> (out, State)``;
+    ``hidden(params, state, x, ctx) -> x`` on the block's output;
+    ``paired = True``: the batch is doubled, its second half without image rows; ``init_state(spec)``."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """From logits [B, V] to what is emitted. ``step`` may return edited logits as ``emitted`` when chained."""
+
+    def step(self, params: dict, state: State, value: Array, hidden: Array, ctx: Ctx) -> tuple[Array, State, Array]: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimised, with its own state (teachers, references). ``loss(params, state, forward, batch, key)``
+    where ``forward(batch) -> outputs``; returns (loss, metrics)."""
+
+    def loss(self, params: dict, state: State, forward: Any, batch: dict, key: Any) -> tuple[Array, dict]: ...
+
+
+def default_state(record, spec: Spec) -> State:
+    return record.init_state(spec) if hasattr(record, "init_state") else State()
+
+
+def expect(name: str, got: Any, expected: str, ok: bool) -> None:
+    """Raise ValueError naming the argument, what was expected and what came, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+__all__ = [
+    "OPERAND", "Array", "Attention", "CachePolicy", "Call", "Const", "Ctx", "Meta", "Mixer", "Need", "Objective", "Part",
+    "Sampler", "Selection", "Spec", "State", "Steering", "TokenTransform", "Tokens", "View", "bucket", "contract", "data",
+    "default_state", "expect", "init_params", "is_contract", "operand", "split", "static",
+]  # fmt: skip

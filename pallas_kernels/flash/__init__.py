@@ -1,0 +1,48 @@
+"""Block-list attention: each tile of queries reads a list of key units; masks are evaluated per tile pair.
+
+``flash(operands, options)`` takes plain arrays and knows no method. ``operands`` is a dict:
+
+  q [B, N, H, D], k [B, M, G, D], v [B, M, G, Dv]                          floats, H % G == 0
+  index int32 [B|1, Hs, Nq, K], count int32 [B|1, Hs, Nq]                  key units per query tile, Hs in {1, G, H}
+  k_valid bool [B|1, M] or [B|1, G, M]
+  q_fields, k_fields {name: int32 [B|1, N|M] or [B|1, G, N|M]}             what the mask and score_mod read
+  optional: bounds int32 [B|1, Hs, Nq, K, 2] (live range inside a unit), log_weight [B|1, Hs, Nq, K] (per unit),
+  key_bias [B|1, M, 1|G|H], bias [B|1, 1|H, N, M], row {name: [B|1, N, 1|H]}, key {name: [B|1, M, 1|G|H]}
+
+Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H])``; rows that see nothing give 0 and -inf. With
+``normalizer="none"`` the scores weigh the values directly and lse is 0. Gradients flow to every float operand and from
+both outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.flash import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static side of a call: mask and score_mod are value-hashed records, or None.
+
+    ``unit`` keys per entry of the list, ``tile`` queries per row of it, ``step`` entries read at a time."""
+
+    mask: Any = None
+    score_mod: Any = None
+    normalizer: str = "softmax"
+    scale: float = 1.0
+    unit: int = 1
+    tile: int = 1
+    step: int = 1
+
+
+def flash(operands: dict, options: Options, implementation: str | None = None):
+    """See the module's docstring. ``implementation=None`` picks the fast path that works here."""
+    if implementation is None:
+        implementation = "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected None or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
+    return IMPLEMENTATIONS[implementation](operands, options)

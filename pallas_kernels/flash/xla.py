@@ -1,0 +1,368 @@
+"""The fast path in plain XLA: online softmax over lists of key tiles, in memory linear in length.
+
+Arrays are arranged as [b, g, r, tiles, rows, ...] with H = g * r, so grouped queries never repeat keys and every loop
+keeps batch and heads as array dimensions (a sharded batch or head axis stays sharded). Loops stop at ``count``;
+reverse mode owns its loops because a while loop has no transpose.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# ------------------------------------------------------------------------------------------------------ arrangement
+
+
+def _heads(x, g: int, r: int):
+    """[b, N, h, ...] -> [b, g', r', N, ...] for h in {1, G, H}."""
+    x = jnp.moveaxis(x, 2, 1)
+    shape = {1: (1, 1), g * r: (g, r), g: (g, 1)}[x.shape[1]] if x.shape[1] != g else (g, 1)
+    return x.reshape(x.shape[0], *shape, *x.shape[2:])
+
+
+def _field(x):
+    return x[:, None, None] if x.ndim == 2 else x[:, :, None]
+
+
+def _tiles(x, size: int, axis: int = 3):
+    """Pad ``axis`` to a multiple of ``size`` and split it in (tiles, size)."""
+    n = x.shape[axis]
+    pad = -n % size
+    if pad:
+        x = jnp.pad(x, [(0, pad if a == axis else 0) for a in range(x.ndim)])
+    return x.reshape(*x.shape[:axis], (n + pad) // size, size, *x.shape[axis + 1 :])
+
+
+def _units(x, g: int, r: int):
+    """Per-unit table [b, Hs, Nq, K, ...] -> [b, g', r', Nq, K, ...]."""
+    shape = (g, 1) if x.shape[1] == g else {1: (1, 1), g * r: (g, r)}[x.shape[1]]
+    return x.reshape(x.shape[0], *shape, *x.shape[2:])
+
+
+def _arrange(o: dict, opt):
+    """Split operands into differentiable and integer ones, row-wise (by query tile) and key-wise (by unit)."""
+    (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
+    r, t, u = h // g, opt.tile, opt.unit
+    index, count = _units(o["index"], g, r), _units(o["count"], g, r)
+    pad = -index.shape[-1] % opt.step
+    index = jnp.pad(index, [(0, 0)] * 4 + [(0, pad)])
+    lists = {"index": index, "count": count}
+    if o.get("bounds") is not None:
+        lists["bounds"] = jnp.pad(_units(o["bounds"], g, r), [(0, 0)] * 4 + [(0, pad), (0, 0)])
+    rows = {"q": _tiles(_heads(o["q"], g, r), t)}
+    rows["row"] = {k: _tiles(_heads(x, g, r), t) for k, x in o.get("row", {}).items() if opt.score_mod is not None}
+    keys = {"k": _tiles(_heads(o["k"], g, r), u), "v": _tiles(_heads(o["v"], g, r), u)}
+    keys["key"] = {k: _tiles(_heads(x, g, r), u) for k, x in o.get("key", {}).items() if opt.score_mod is not None}
+    if o.get("key_bias") is not None:
+        keys["key_bias"] = _tiles(_heads(o["key_bias"], g, r), u)
+    per_query = {}  # float tables with a query-tile axis at 3: handed to the loop body tile by tile
+    if o.get("bias") is not None:
+        bias = o["bias"]
+        bias = bias.reshape(bias.shape[0], *((1, 1) if bias.shape[1] == 1 else (g, r)), *bias.shape[2:])
+        bias = _tiles(_tiles(bias, t), u, axis=5)  # [b, g, r, Nq, t, Nu, u]
+        per_query["bias"] = jnp.moveaxis(bias, 5, 4)  # [b, g, r, Nq, Nu, t, u]
+    if o.get("log_weight") is not None:
+        per_query["log_weight"] = jnp.pad(_units(o["log_weight"], g, r), [(0, 0)] * 4 + [(0, pad)])
+    q_ints = {k: _tiles(_field(x), t) for k, x in o["q_fields"].items()}
+    k_ints = {"fields": {k: _tiles(_field(x), u) for k, x in o["k_fields"].items()}, "valid": _tiles(_field(o["k_valid"]), u)}
+    shared = index.shape[:3] == (1, 1, 1)
+    if not shared:  # gradients scatter per (b, g): give every float leaf those axes
+        bb, gg = index.shape[0], index.shape[1]
+
+        def widen(x):
+            shape = (max(x.shape[0], bb), max(x.shape[1], gg), *x.shape[2:])
+            return jnp.broadcast_to(x, shape)
+
+        keys = jax.tree.map(widen, keys)
+        if "bias" in per_query:
+            r_axis = (index.shape[2],) if index.shape[2] > 1 else per_query["bias"].shape[2:3]
+            bias = widen(per_query["bias"])
+            per_query["bias"] = jnp.broadcast_to(bias, (*bias.shape[:2], *r_axis, *bias.shape[3:]))
+    return rows, keys, per_query, q_ints, k_ints, lists
+
+
+def _fetch(x, index):
+    """x [b, g, r, Nu, ...], index [b', g', r', c] -> [.., c, ...]: the listed units, batch axes broadcast."""
+    if x.shape[3] == 1 and index.shape[3] == 1 and index.shape[:3] == (1, 1, 1):
+        return x
+    if index.shape[:3] == (1, 1, 1):
+        if index.shape[3] == 1:
+            return lax.dynamic_index_in_dim(x, index[0, 0, 0, 0], 3)
+        return jnp.take(x, index[0, 0, 0], axis=3, mode="clip")
+
+    def pick(x, i):
+        return x.at[i].get(mode="promise_in_bounds")
+
+    for axis in (2, 1, 0):
+        pick = _over(pick, x.shape[axis], index.shape[axis])
+    return pick(x, index)
+
+
+def _over(f, n: int, m: int):
+    if n == 1 and m == 1:
+        return lambda x, i: f(x[0], i[0])[None]
+    axes = (None if n == 1 else 0, None if m == 1 else 0)
+    return lambda x, i: jax.vmap(f, in_axes=axes)(x[0] if n == 1 else x, i[0] if m == 1 else i)
+
+
+def _put(total, index, tile):
+    """Add ``tile`` (shaped as ``_fetch`` returned it) to the listed units of ``total``."""
+    if total.shape[3] == 1 and index.shape[3] == 1 and index.shape[:3] == (1, 1, 1):
+        return total + tile
+    if index.shape[:3] == (1, 1, 1):
+        if index.shape[3] == 1:
+            i = index[0, 0, 0, 0]
+            old = lax.dynamic_index_in_dim(total, i, 3)
+            return lax.dynamic_update_slice_in_dim(total, old + tile, i, 3)
+        return total.at[:, :, :, index[0, 0, 0]].add(tile)
+
+    def add(total, i, t):
+        return total.at[i].add(t)
+
+    if total.shape[2] == 1 and index.shape[2] > 1:  # several query heads list units of one kv head
+
+        def over_r(total, i, t):
+            return add(total[0], i.reshape(-1), t.reshape(-1, *t.shape[2:]))[None]
+    else:
+        over_r = _over3(add, total.shape[2], index.shape[2])
+    f = _over3(over_r, total.shape[1], index.shape[1])
+    return _over3(f, total.shape[0], index.shape[0])(total, index, tile)
+
+
+def _over3(f, n: int, m: int):
+    if m == 1:
+        return lambda x, i, t: jax.vmap(f, in_axes=(0, None, 0))(x, i[0], t)
+    return lambda x, i, t: jax.vmap(f)(x, i, t)
+
+
+# ------------------------------------------------------------------------------------------------------ one tile pair
+
+
+def _merge_units(x):
+    """[b, g, r, c, u, ...] -> [b, g, r, c * u, ...]."""
+    return x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])
+
+
+def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
+    """Products against key tiles that carry the r axis (per-query-head lists) or not."""
+    if b.shape[2] == 1:
+        return jnp.einsum(spec_shared, a, b[:, :, 0], preferred_element_type=acc)
+    return jnp.einsum(spec_per_row, a, b, preferred_element_type=acc)
+
+
+def _logits(diff: dict, ints: dict, opt, acc):
+    """Logits [b, g, r, t, c * u] of one query tile against ``c`` units, before masking."""
+    s = _dot(diff["q"], _merge_units(diff["k"]), "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc) * opt.scale
+    if opt.score_mod is not None:
+        row = {k: x[..., None] for k, x in diff["row"].items()}
+        key = {k: _merge_units(x)[..., None, :] for k, x in diff["key"].items()}
+        s = opt.score_mod(s, ints["q"], ints["k"], row, key).astype(acc)
+    if "key_bias" in diff:
+        s = s + _merge_units(diff["key_bias"])[..., None, :].astype(acc)
+    if "bias" in diff:
+        bias = jnp.moveaxis(diff["bias"], 3, 4)  # [b, g, r, c, t, u] -> [b, g, r, t, c, u]
+        s = s + bias.reshape(*bias.shape[:4], -1).astype(acc)
+    if "log_weight" in diff:
+        s = s + jnp.repeat(diff["log_weight"], opt.unit, axis=-1)[..., None, :].astype(acc)
+    return s
+
+
+def _visible(ints: dict, opt):
+    """bool, broadcastable to [b, g, r, t, c * u]."""
+    ok = _merge_units(ints["valid"])[..., None, :] & jnp.repeat(ints["live"], opt.unit, axis=-1)[..., None, :]
+    if "bounds" in ints:
+        offset = jnp.arange(opt.unit)
+        inside = (offset >= ints["bounds"][..., :1]) & (offset < ints["bounds"][..., 1:])
+        ok = ok & inside.reshape(*inside.shape[:-2], -1)[..., None, :]
+    if opt.mask is not None:
+        ok = ok & opt.mask.test(ints["q"], ints["k"])
+    return ok
+
+
+def _step_inputs(i, j, rows, keys, per_query, q_ints, k_ints, lists, opt):
+    """Everything one (query tile i, step j) reads: (diff, v, ints, index)."""
+    take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)
+    at = j * opt.step
+    chunk = lambda x, axis: lax.dynamic_slice_in_dim(x, at, opt.step, axis)  # noqa: E731
+    index = chunk(take(lists["index"]), 3)
+    fetch = lambda x: _fetch(x, index)  # noqa: E731
+    diff = jax.tree.map(take, rows)
+    fetched = jax.tree.map(fetch, keys)
+    v = fetched.pop("v")
+    diff |= fetched
+    if "bias" in per_query:
+        diff["bias"] = _fetch(take(per_query["bias"]), index)
+    if "log_weight" in per_query:
+        diff["log_weight"] = chunk(take(per_query["log_weight"]), 3)
+    ints = {
+        "q": {k: take(x)[..., :, None] for k, x in q_ints.items()},
+        "k": {k: _merge_units(fetch(x))[..., None, :] for k, x in k_ints["fields"].items()},
+        "valid": fetch(k_ints["valid"]),
+        "live": at + jnp.arange(opt.step) < take(lists["count"])[..., None],
+    }
+    if "bounds" in lists:
+        ints["bounds"] = chunk(take(lists["bounds"]), 3)
+    return diff, v, ints, index
+
+
+def _loop(i, lists, opt, body, carry):
+    """Run ``body(j, carry)`` over the steps of query tile i, stopping at the largest count."""
+    steps = lists["index"].shape[4] // opt.step
+    if steps == 1:
+        return body(0, carry)
+    most = lax.dynamic_index_in_dim(lists["count"], i, 3, keepdims=False).max()
+    return lax.fori_loop(0, (most + opt.step - 1) // opt.step, body, carry)
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+
+def _unarrange(x, b: int, n: int):
+    """[Nq, b, g, r, t, ...] -> [b, N, H, ...]."""
+    x = jnp.moveaxis(x, 0, 3)  # [b, g, r, Nq, t, ...]
+    x = x.reshape(b, x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
+    return jnp.moveaxis(x, 1, 2)[:, :n]
+
+
+def _over_tiles(f, n_tiles: int):
+    if n_tiles == 1:
+        return jax.tree.map(lambda x: x[None], f(0))
+    return lax.map(f, jnp.arange(n_tiles))
+
+
+def _forward(o: dict, opt):
+    (b, n, h, _), (g, dv) = o["q"].shape, o["v"].shape[2:]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    arranged = _arrange(o, opt)
+    rows, lists = arranged[0], arranged[5]
+    shape = (b, g, h // g, opt.tile)
+
+    def tile(i):
+        def body(j, carry):
+            top, mass, total = carry
+            diff, v, ints, _ = _step_inputs(i, j, *arranged, opt)
+            s, ok = _logits(diff, ints, opt, acc), _visible(ints, opt)
+            v = _merge_units(v)
+            if opt.normalizer == "none":
+                p = jnp.where(ok, s, 0.0)
+                return top, mass, total + _dot(p.astype(v.dtype), v, "bgrtu,bgud->bgrtd", "bgrtu,bgrud->bgrtd", acc)
+            s = jnp.where(ok, s, -jnp.inf)
+            new = jnp.maximum(top, s.max(-1))
+            safe = jnp.where(new > -jnp.inf, new, 0.0)
+            p = jnp.exp(s - safe[..., None])
+            shrink = jnp.exp(top - safe)
+            out = _dot(p.astype(v.dtype), v, "bgrtu,bgud->bgrtd", "bgrtu,bgrud->bgrtd", acc)
+            return new, mass * shrink + p.sum(-1), total * shrink[..., None] + out
+
+        init = (jnp.full(shape, -jnp.inf, acc), jnp.zeros(shape, acc), jnp.zeros((*shape, dv), acc))
+        top, mass, total = _loop(i, lists, opt, body, init)
+        if opt.normalizer == "none":
+            return total.astype(o["v"].dtype), jnp.zeros(shape, acc)
+        seen = mass > 0
+        safe = jnp.where(seen, mass, 1.0)
+        lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf)
+        return (total / safe[..., None]).astype(o["v"].dtype), lse
+
+    out, lse = _over_tiles(tile, rows["q"].shape[3])
+    return _unarrange(out, b, n), _unarrange(lse, b, n)
+
+
+# -------------------------------------------------------------------------------------------------------- backward
+
+
+def _backward(o: dict, opt, out, lse, d_out, d_lse):
+    """Gradients in arranged form: (rows, keys, per_query) trees, as float accumulators."""
+    (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
+    r, t = h // g, opt.tile
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    arranged = _arrange(o, opt)
+    rows, keys, per_query, _, _, lists = arranged
+    spread = lambda x: _tiles(_heads(x, g, r), t)  # noqa: E731
+    delta = jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - d_lse
+    do, delta = spread(d_out), spread(delta)
+    lse = spread(jnp.where(jnp.isfinite(lse), lse, 0.0))  # rows that see nothing have no visible key below
+
+    def tile(i, totals):
+        take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)
+        do_i, delta_i, lse_i = take(do), take(delta), take(lse)
+        row_zero = jax.tree.map(lambda x: jnp.zeros_like(take(x), acc), rows)
+        table_zero = jax.tree.map(lambda x: jnp.zeros_like(take(x), acc), per_query)
+
+        def body(j, carry):
+            d_rows, d_tables, d_keys = carry
+            diff, v, ints, index = _step_inputs(i, j, *arranged, opt)
+            s, pull = jax.vjp(lambda d: _logits(d, ints, opt, acc), diff)
+            ok = _visible(ints, opt)
+            vm = _merge_units(v)
+            p = jnp.where(ok, s if opt.normalizer == "none" else jnp.exp(jnp.where(ok, s, -jnp.inf) - lse_i[..., None]), 0.0)
+            dp = _dot(do_i, vm, "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
+            ds = jnp.where(ok, dp, 0.0) if opt.normalizer == "none" else p * (dp - delta_i[..., None])
+            spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
+            dv = jnp.einsum(spec, p.astype(do_i.dtype), do_i, preferred_element_type=acc).reshape(v.shape)
+            (grads,) = pull(ds.astype(s.dtype))
+            d_rows = {"q": d_rows["q"] + grads["q"], "row": jax.tree.map(jnp.add, d_rows["row"], grads["row"])}
+            tables = dict(d_tables)
+            if "bias" in per_query:
+                tables["bias"] = _put(d_tables["bias"], index, grads["bias"].astype(acc))
+            if "log_weight" in per_query:
+                tables["log_weight"] = lax.dynamic_update_slice_in_dim(
+                    d_tables["log_weight"], grads["log_weight"].astype(acc), j * opt.step, 3
+                )
+            got = {name: grads[name] for name in d_keys if name != "v"} | {"v": dv}
+            d_keys = jax.tree.map(lambda total, x: _put(total, index, x.astype(acc)), d_keys, got)
+            return d_rows, tables, d_keys
+
+        d_rows, d_tables, totals = _loop(i, lists, opt, body, (row_zero, table_zero, totals))
+        return totals, (d_rows, d_tables)
+
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, acc), keys)
+    n_tiles = rows["q"].shape[3]
+    if n_tiles == 1:
+        totals, by_tile = tile(0, totals)
+        by_tile = jax.tree.map(lambda x: x[None], by_tile)
+    else:
+        totals, by_tile = lax.scan(lambda c, i: tile(i, c), totals, jnp.arange(n_tiles))
+    by_tile = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), by_tile)  # the query-tile axis back at 3
+    return by_tile[0], totals, by_tile[1]
+
+
+FLOATS = ("q", "k", "v", "key_bias", "bias", "log_weight", "row", "key")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _flash(floats: dict, ints: dict, opt):
+    return _forward(floats | ints, opt)
+
+
+def _fwd(floats, ints, opt):
+    out, lse = _forward(floats | ints, opt)
+    return (out, lse), (floats, ints, out, lse)
+
+
+def _bwd(opt, saved, cotangents):
+    floats, ints, out, lse = saved
+    d_out, d_lse = cotangents
+    rows, keys, tables = _backward(floats | ints, opt, out, lse, d_out, d_lse)
+
+    # The arrangement is linear: its transpose brings every gradient back to its operand's layout.
+    def arrange(f):
+        a = _arrange(f | ints, opt)
+        return a[0], a[1], a[2]
+
+    arranged, pull = jax.vjp(arrange, floats)
+    cast = jax.tree.map(lambda x, g: g.astype(x.dtype), arranged, (rows, keys, tables))
+    return pull(cast)[0], None
+
+
+_flash.defvjp(_fwd, _bwd)
+
+
+def flash(o: dict, opt):
+    floats = {k: x for k, x in o.items() if k in FLOATS and x is not None}
+    ints = {k: x for k, x in o.items() if k not in FLOATS and x is not None}
+    floats.setdefault("row", {})
+    floats.setdefault("key", {})
+    return _flash(floats, ints, opt)
