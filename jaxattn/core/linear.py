@@ -122,6 +122,29 @@ def row_correct(num, z, vbar=None, mode="divide", eps=None):
     return out.astype(num.dtype)
 
 
+def taylor2(x, packed=False):
+    """Feature map of the second-order Taylor exponential: phi(q).phi(k) = 1 + s + s^2 / 2 with s = q.k /
+    sqrt(f).
+
+    Args:
+        x: [..., f]. packed: keep each product of two channels once (same inner products, half the features).
+
+    Returns:
+        [..., 1 + f + f^2], or [..., 1 + f + f (f + 1) / 2] if packed, in the dtype of x. Used by Based
+        (arXiv:2402.18668).
+    """
+    f = x.shape[-1]
+    wide = x.astype(_accumulator(x))
+    if packed:
+        i, j = np.triu_indices(f)
+        square = wide[..., i] * wide[..., j] * np.where(i == j, 1, 2**0.5).astype(wide.dtype)
+    else:
+        square = (wide[..., :, None] * wide[..., None, :]).reshape(*x.shape[:-1], f * f)
+    square = square / (2 * f) ** 0.5
+    one = jnp.ones((*x.shape[:-1], 1), wide.dtype)
+    return jnp.concatenate([one, wide / f**0.25, square], axis=-1).astype(x.dtype)
+
+
 def scan_mix(a, b, axis=1, *, initial=None, reverse=False):
     """Diagonal recurrence x_t = a_t * x_{t-1} + b_t for all t at once (associative scan, log N depth).
 
