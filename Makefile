@@ -1,6 +1,7 @@
 # Needs Python >= 3.11, git and make; everything else is installed into .venv on first use.
 # Another interpreter: make test PYTHON=python3.12. No type checker: shapes and dtypes are what goes wrong here,
 # mypy does not see them and reports JAX's own untyped calls instead; ruff and the tests carry the load.
+# loadscope: the tests of one module share compiled functions, so they stay on one worker.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ demo: $(STAMP)
 	$(PY) -m benchmarks demo
 
 test: lint
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadscope $(TESTS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
