@@ -28,7 +28,7 @@ from train.data.scenes import SceneConfig, Scenes, make_scenes
 Batch = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batches:
     """A stream of batches; `iter` starts it (again) from the beginning.
 
@@ -96,13 +96,23 @@ class Batches:
         return iter(self.dataset())
 
 
-def make_tokenizer(kind: str, *, data: str | Path | None = None, vocab_size: int = 4096, cache=None):
-    """ "byte", "bpe" (learned from the training documents of `data`, kept under `cache`), or a
-    tokenizer.json."""
+def make_tokenizer(
+    kind: str,
+    *,
+    data: str | Path | None = None,
+    vocab_size: int = 4096,
+    cache: str | Path | None = None,
+    validation: float = 0.05,
+) -> text.ByteTokenizer | text.BPETokenizer:
+    """The tokenizer that `kind` names: "byte", "bpe", or the path of a tokenizer.json.
+
+    "bpe" is learned from the training documents of `data` and kept in the folder `cache`, if there is one.
+    """
     if kind == "byte":
         return text.ByteTokenizer()
     if kind == "bpe":
-        return text.trained_bpe([d.text for d in text.documents(data)], vocab_size, cache)
+        found = text.documents(data, validation=validation)
+        return text.trained_bpe([document.text for document in found], vocab_size, cache)
     if kind.endswith(".json"):
         return text.BPETokenizer.load(kind)
     raise ValueError(f"tokenizer: expected 'byte', 'bpe' or the path of a tokenizer.json, got {kind!r}")
@@ -128,7 +138,9 @@ def lm_dataset(
     fields of Batches (seed, epochs, ...). info: tokenizer, vocab_size, tokens (of the split).
     """
     if isinstance(tokenizer, str | Path):
-        tokenizer = make_tokenizer(str(tokenizer), data=data, vocab_size=vocab_size, cache=cache)
+        tokenizer = make_tokenizer(
+            str(tokenizer), data=data, vocab_size=vocab_size, cache=cache, validation=validation
+        )
     found = text.documents(data, split=split, validation=validation)[:max_documents]
     encoded = text.tokenize(found, tokenizer)
     windows = packing.pack(encoded, length, pad=tokenizer.pad)

@@ -15,6 +15,7 @@ from train.data.draws import generator, integers, order, uniforms
 
 BACKGROUND = CLASSES  # the eleventh class of a patch
 LOW, HIGH = -0.25, 1.25  # range of stored pixels: ink in [0, 1] plus three standard deviations of noise
+BLOCK = 256  # scenes painted at once: bounds the float32 canvases
 LAYOUT, NOISE = 0, 1  # random streams; questions use the ones after these
 
 
@@ -126,6 +127,30 @@ class Scenes:
         return np.where(held.any(1), label, BACKGROUND).astype(np.int32)
 
 
+def _paint(images, row, occupied, corner, contrast, config: SceneConfig) -> np.ndarray:
+    """Ink f32 [S, H, W]: images[row] times contrast at `corner` of every occupied cell."""
+    canvas = np.zeros((len(row), config.canvas, config.canvas), np.float32)
+    span = np.arange(config.digit)
+    for cell in range(config.cells):  # cells do not overlap: one scatter per cell paints it in all scenes
+        scene = np.flatnonzero(occupied[:, cell])
+        ys = corner[scene, cell, 0][:, None, None] + span[None, :, None]
+        xs = corner[scene, cell, 1][:, None, None] + span[None, None, :]
+        ink = images[row[scene, cell]] * contrast[scene, cell].astype(np.float32)[:, None, None]
+        canvas[scene[:, None, None], ys, xs] = ink
+    return canvas
+
+
+def _expose(ink: np.ndarray, noise: float, seed: int, index: np.ndarray, out: np.ndarray) -> None:
+    """Add each scene's noise to its ink and quantise into out, uint8 [S, H, W]."""
+    for i in range(len(index)):  # one scene at a time stays in the processor's cache
+        level = generator(seed, NOISE, int(index[i])).standard_normal(ink.shape[1:], np.float32)
+        level *= np.float32(noise)
+        level += ink[i]
+        level -= np.float32(LOW)
+        level *= np.float32(255 / (HIGH - LOW))
+        out[i] = np.clip(np.rint(level, out=level), 0, 255, out=level)
+
+
 def make_scenes(bank: DigitBank, config: SceneConfig, *, seed: int, start: int, stop: int) -> Scenes:
     """Scenes start..stop of the endless sequence that (bank, config, seed) names.
 
@@ -163,23 +188,11 @@ def make_scenes(bank: DigitBank, config: SceneConfig, *, seed: int, start: int, 
     corner = (origin + shift).transpose(0, 2, 1)
     contrast = config.contrast[0] + u_cell[:, 5] * (config.contrast[1] - config.contrast[0])
 
-    canvas = np.zeros((count, config.canvas, config.canvas), np.float32)
-    span = np.arange(size)
-    for cell in range(cells):  # cells do not overlap: one scatter per cell paints it in all scenes
-        scene = np.flatnonzero(occupied[:, cell])
-        ys = corner[scene, cell, 0][:, None, None] + span[None, :, None]
-        xs = corner[scene, cell, 1][:, None, None] + span[None, None, :]
-        ink = bank.images[row[scene, cell]] * contrast[scene, cell].astype(np.float32)[:, None, None]
-        canvas[scene[:, None, None], ys, xs] = ink
-
-    pixels = np.empty(canvas.shape, np.uint8)
-    for i in range(count):  # one scene at a time stays in cache
-        noise = generator(seed, NOISE, int(index[i])).standard_normal(canvas.shape[1:], np.float32)
-        noise *= np.float32(config.noise)
-        noise += canvas[i]
-        noise -= np.float32(LOW)
-        noise *= np.float32(255 / (HIGH - LOW))
-        pixels[i] = np.clip(np.rint(noise, out=noise), 0, 255, out=noise)
+    pixels = np.empty((count, config.canvas, config.canvas), np.uint8)
+    for begin in range(0, count, BLOCK):
+        part = slice(begin, begin + BLOCK)
+        ink = _paint(bank.images, row[part], occupied[part], corner[part], contrast[part], config)
+        _expose(ink, config.noise, seed, index[part], out=pixels[part])
 
     box = np.concatenate([corner, corner + size], -1)
     return Scenes(
