@@ -123,8 +123,7 @@ def row_correct(num, z, vbar=None, mode="divide", eps=None):
 
 
 def taylor2(x, packed=False):
-    """Feature map of the second-order Taylor exponential: phi(q).phi(k) = 1 + s + s^2 / 2 with s = q.k /
-    sqrt(f).
+    """Feature map of the Taylor exponential: phi(q).phi(k) = 1 + s + s^2 / 2 with s = q.k / sqrt(f).
 
     Args:
         x: [..., f]. packed: keep each product of two channels once (same inner products, half the features).

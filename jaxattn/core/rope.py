@@ -14,6 +14,10 @@ import numpy as np
 KINDS = ("linear", "dynamic", "llama3", "yarn")
 
 
+def _float32(x):
+    return float(np.float32(x))  # records made from float32 and from Python numbers are then equal
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Context extension: how the frequencies change, in the terms of Hugging Face `rope_parameters`.
@@ -44,7 +48,7 @@ class RopeScaling:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not None and f.name not in ("kind", "truncate", "original_length"):
-                object.__setattr__(self, f.name, float(value))
+                object.__setattr__(self, f.name, _float32(value))
 
     @classmethod
     def from_config(cls, config, max_length=None):
@@ -221,7 +225,7 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "base", float(self.base))
+        object.__setattr__(self, "base", _float32(self.base))
         object.__setattr__(self, "sections", tuple(int(s) for s in self.sections))
         if isinstance(self.scaling, dict):
             object.__setattr__(self, "scaling", RopeScaling.from_config(self.scaling))

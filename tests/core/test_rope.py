@@ -138,6 +138,7 @@ def test_record_is_a_value():
     a = Rope(8, 10000, sections=[2, 2], scaling=config)
     b = Rope(8, 10000.0, sections=(2, 2), scaling=dict(config))
     assert a == b and hash(a) == hash(b) and a != Rope(8)
+    assert RopeScaling("linear", 1.1) == RopeScaling("linear", np.float32(1.1))
     traces = []
     f = jax.jit(lambda r, x, p: (traces.append(1), r.apply(x, p))[1], static_argnums=0)
     f(a, X, POS), f(b, X, POS)
