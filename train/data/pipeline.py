@@ -18,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from train.data import packing, text
+from train.data import packing, recall, text
 from train.data.digits import CLASSES, DigitBank, digit_bank
 from train.data.files import check_split
 from train.data.folders import image_folder, image_questions
@@ -26,6 +26,7 @@ from train.data.questions import KINDS, MIX, Vocabulary, ask, pack, transcripts
 from train.data.scenes import SceneConfig, Scenes, make_scenes
 
 Batch = dict[str, np.ndarray]
+FIRST = {"train": 0, "validation": 2**40}  # numbers of generated records: the splits' ranges never meet
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,41 @@ def lm_dataset(
     return Batches(windows.fetch, len(windows), batch_size, info=info, **stream)
 
 
+TASKS = {
+    "mqar": (recall.mqar, 512),
+    "needle": (recall.needle, 256),
+    "induction": (recall.induction, 64),
+}
+
+
+def recall_dataset(
+    task: str,
+    *,
+    count: int = 10000,
+    batch_size: int = 16,
+    split: str = "train",
+    task_seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    **stream,
+) -> Batches:
+    """Sequences of one task of `recall` ("mqar", "needle", "induction"): the layout record, all [b, T].
+
+    options: arguments of the task (length, pairs, vocab, ...). Validation takes another range of sequences.
+    info: vocab_size.
+    """
+    check_split(split)
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {list(TASKS)}, got {task!r}")
+    make, vocab = TASKS[task]
+    record = make(count, seed=task_seed, start=FIRST[split], **(options or {}))
+
+    def fetch(rows: np.ndarray) -> Batch:
+        return {name: array[rows] for name, array in record.items()}
+
+    info = {"vocab_size": (options or {}).get("vocab", vocab)}
+    return Batches(fetch, count, batch_size, info=info, **stream)
+
+
 def vit_dataset(
     data: str | Path | None = None,
     *,
@@ -190,8 +226,7 @@ def split_scenes(split: str, count: int, config: SceneConfig | None = None, *, s
     well."""
     config = SceneConfig() if config is None else config
     bank = digit_bank(split, size=config.digit)
-    offset = 0 if split == "train" else 2**40  # another range of scene numbers: no layout is shared either
-    return make_scenes(bank, config, seed=seed, start=offset, stop=offset + count)
+    return make_scenes(bank, config, seed=seed, start=FIRST[split], stop=FIRST[split] + count)
 
 
 def vlm_dataset(

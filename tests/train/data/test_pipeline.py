@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from train.data import Batches, lm_dataset, split_scenes, vit_dataset, vlm_dataset
+from train.data import Batches, lm_dataset, recall_dataset, split_scenes, vit_dataset, vlm_dataset
 from train.data.digits import digit_bank
 
 
@@ -96,6 +96,22 @@ def test_lm_batches():
     }
     assert batches.info["vocab_size"] == 260 and batch["tokens"].max() < 260
     assert batches.size == -(-(batches.info["tokens"] - 1) // 64)
+
+
+@pytest.mark.parametrize("task", ["mqar", "needle", "induction"])
+def test_recall_batches(task):
+    train, held = (recall_dataset(task, count=50, batch_size=50, split=s) for s in ("train", "validation"))
+    batch, other = next(iter(train)), next(iter(held))
+    assert set(batch) == {"tokens", "targets", "loss_mask", "segment", "position"}
+    assert train.info["vocab_size"] * 0.9 < batch["tokens"].max() < train.info["vocab_size"]
+    assert not set(map(tuple, batch["tokens"].tolist())) & set(map(tuple, other["tokens"].tolist()))
+
+
+def test_recall_options_reach_the_task():
+    batch = next(iter(recall_dataset("mqar", count=8, batch_size=8, options={"length": 20, "pairs": 3})))
+    assert batch["tokens"].shape == (8, 20) and (batch["loss_mask"].sum(1) == 3).all()
+    with pytest.raises(ValueError, match="task: expected one of .* got 'copy'"):
+        recall_dataset("copy")
 
 
 def test_vit_batches(kinds):
