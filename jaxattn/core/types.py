@@ -269,6 +269,10 @@ def bucket(n: int) -> int:
     return -(-n // 1024) * 1024
 
 
+class Capacity(int):
+    """What ``split`` leaves of a budget: a static upper bound, told apart from a budget that was asked for."""
+
+
 def operand(kind: str = "scalar", default: Any = dataclasses.MISSING) -> Any:
     """A field whose value is an array at run time. Kinds and what ``split`` makes of a value:
 
@@ -347,7 +351,7 @@ def _as_array(kind: str, value, spec: Spec | None):
     if kind == "array":
         return OPERAND, np.asarray(value)
     if kind == "budget":
-        return bucket(value), np.int32(value)
+        return Capacity(bucket(value)), np.int32(value)
     layers, heads = (spec.layers, spec.heads) if spec is not None else (1, 1)
     if kind == "layers":
         on = np.zeros(layers, bool)

@@ -1,0 +1,26 @@
+"""The reductions from the full table: the documentation of the kernel, and its oracle in tests."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.flash.reference import logits
+
+
+def reduce(o: dict, opt, lse, weights):
+    s, seen = logits(o, opt)
+    s = jnp.where(seen, s, 0.0)
+    p = jnp.where(seen, jnp.exp(s - jnp.moveaxis(lse, 2, 1)[..., None]), 0.0)  # [B, H, N, M]
+    return jnp.einsum("bhnm,bnh->bhm", p, weights.astype(p.dtype)), jnp.einsum("bhnm,bhnm->bnh", p, s)
+
+
+def diagonals(q, k, lse, scale: float):
+    (r, h), (m, g) = q.shape[1:3], k.shape[1:3]
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    s = jnp.einsum("brhd,bmhd->bhrm", q.astype(acc), jnp.repeat(k, h // g, axis=2).astype(acc)) * scale
+    i, j = jnp.arange(r)[:, None], jnp.arange(m)[None, :]
+    back = (m - r + i) - j  # how many keys back; negative is the future
+    p = jnp.where(back >= 0, jnp.exp(s - jnp.moveaxis(lse, 2, 1)[..., None]), 0.0)
+    target = jnp.where(back >= 0, m - 1 - back, m)
+    slash = jnp.zeros((*p.shape[:2], m + 1), acc).at[:, :, target].add(p)[..., :m]
+    return p.sum(2), slash

@@ -1,0 +1,123 @@
+"""The streaming pass in plain XLA, over the same tiles and lists as attention, in memory linear in length."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash import xla as tiles
+
+# ----------------------------------------------------------------------------------------------------------- reduce
+
+
+def _spread(x, o: dict, opt):
+    """Rows [B, N, H] -> [b, g, r, Nq, t]."""
+    g = o["k"].shape[2]
+    return tiles._tiles(tiles._heads(x, g, o["q"].shape[2] // g), opt.tile)
+
+
+def _forward(o: dict, opt, lse, weights):
+    (b, n, h, _), (m, g) = o["q"].shape, o["k"].shape[1:3]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    arranged = tiles._arrange(o, opt)
+    keys, lists = arranged[1]["k"], arranged[5]
+    lse, weights = _spread(lse, o, opt), _spread(weights, o, opt)
+
+    def tile(columns, i):
+        take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)
+        lse_i, w_i = take(lse), take(weights)
+
+        def body(j, carry):
+            columns, total = carry
+            diff, _, ints, index = tiles._step_inputs(i, j, *arranged, opt)
+            s = jnp.where(tiles._visible(ints, opt), tiles._logits(diff, ints, opt, acc), -jnp.inf)
+            p = jnp.exp(s - lse_i[..., None])
+            total = total + jnp.sum(p * jnp.where(s > -jnp.inf, s, 0.0), -1)
+            found = jnp.einsum("bgrtu,bgrt->bgru", p, w_i)
+            found = found.reshape(*found.shape[:3], opt.step, opt.unit)
+            return tiles._put(columns, index, found), total
+
+        return tiles._loop(i, lists, opt, body, (columns, jnp.zeros(lse_i.shape, acc)))
+
+    columns = jnp.zeros((b, g, h // g, keys.shape[3], opt.unit), acc)
+    n_tiles = lse.shape[3]
+    if n_tiles == 1:
+        columns, total = tile(columns, 0)
+        total = total[None]
+    else:
+        columns, total = lax.scan(tile, columns, jnp.arange(n_tiles))
+    return columns.reshape(b, h, -1)[..., :m], tiles._unarrange(total, b, n)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _reduce(floats: dict, ints: dict, opt, lse, weights):
+    return _forward(floats | ints, opt, lse, weights)
+
+
+def _fwd(floats, ints, opt, lse, weights):
+    columns, total = _forward(floats | ints, opt, lse, weights)
+    return (columns, total), (floats, ints, lse, weights, total)
+
+
+def _bwd(opt, saved, cotangents):
+    floats, ints, lse, weights, total = saved
+    d_columns, d_total = cotangents
+    o = floats | ints
+    (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
+    d_columns = tiles._tiles(d_columns.reshape(b, g, h // g, -1), opt.unit)
+    per_row = {"lse": _spread(lse, o, opt), "weights": _spread(weights, o, opt), "d_total": _spread(d_total, o, opt)}
+
+    def pair(row, s, ok, v, index):
+        p = jnp.exp(jnp.where(ok, s, -jnp.inf) - row["lse"][..., None])
+        pd = p * tiles._merge_units(tiles._fetch(d_columns, index))[..., None, :]
+        ds = row["weights"][..., None] * pd + row["d_total"][..., None] * p * (1.0 + jnp.where(ok, s, 0.0))
+        return ds, None, pd.sum(-1)
+
+    found = jnp.zeros(per_row["lse"].shape[:3] + (opt.tile,), d_columns.dtype)
+    grads, d_weights = tiles.pull_back(o, opt, per_row, found, pair)
+    d_weights = tiles._unarrange(d_weights, b, n)
+    d_lse = -(weights * d_weights + d_total * total)  # p depends on lse through exp(-lse) alone
+    d_floats = tiles.push_floats(floats, ints, opt, grads)
+    return d_floats, None, d_lse.astype(lse.dtype), d_weights.astype(weights.dtype)
+
+
+_reduce.defvjp(_fwd, _bwd)
+
+
+def reduce(o: dict, opt, lse, weights):
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    o = o | {"v": o["k"][..., :0]}  # the tile machinery fetches values; here they have no columns
+    return _reduce(*tiles.divide(o), opt, lse.astype(acc), weights.astype(acc))
+
+
+# -------------------------------------------------------------------------------------------------------- diagonals
+
+
+def diagonals(q, k, lse, scale: float, unit: int = 512):
+    (b, r, h, d), (m, g) = q.shape, k.shape[1:3]
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    u = max(unit, r)  # then a tile's diagonals reach into the next tile only
+    q, lse = q.reshape(b, r, g, h // g, d), jnp.moveaxis(lse, 2, 1)[..., None]
+    some = jnp.isfinite(lse)
+    n_tiles = -(-m // u)
+    k = jnp.moveaxis(jnp.pad(k, ((0, 0), (0, n_tiles * u - m), (0, 0), (0, 0))).reshape(b, n_tiles, u, g, d), 1, 0)
+
+    @jax.checkpoint  # a tile's probabilities are made again in reverse mode, not kept
+    def tile(_, x):
+        k, start = x
+        s = jnp.einsum("brgcd,bugd->bgcru", q, k, preferred_element_type=acc).reshape(b, h, r, u) * scale
+        seen = start + jnp.arange(u) <= m - r + jnp.arange(r)[:, None]
+        s = jnp.where(seen & some, s, -jnp.inf)
+        p = jnp.exp(s - jnp.where(some, lse, 0.0))
+        # Row r-1-i moves i to the right: rows of width u + r read again with one element less per row.
+        skew = jnp.pad(p[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, r))).reshape(b, h, -1)
+        skew = skew[..., : r * (u + r - 1)].reshape(b, h, r, u + r - 1).sum(2)
+        return None, (p.sum(2), jnp.pad(skew, ((0, 0), (0, 0), (0, u - r + 1))))
+
+    _, (vertical, slash) = lax.scan(tile, None, (k, jnp.arange(n_tiles) * u))
+    flat = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, h, -1)[..., :m]  # noqa: E731
+    slash = slash[..., :u].at[1:].add(slash[:-1, ..., u:])  # what each tile pushed past its end
+    return flat(vertical), flat(slash)
