@@ -104,8 +104,9 @@ def check_call(call: Call) -> None:
     if call.bias is not None:
         n, m, h = call.q.shape[1], call.k.shape[1], call.q.shape[2]
         shape = tuple(call.bias.shape)
-        ok = len(shape) == 4 and shape[1] in (1, h) and shape[2] in (1, n) and shape[3] == m
-        expect("bias", f"shape {shape}", f"[B|1, 1|{h}, 1|{n}, {m}]", ok)
+        b = call.q.shape[0]
+        ok = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, h) and shape[2] in (1, n) and shape[3] == m
+        expect("bias", f"shape {shape}", f"[1|{b}, 1|{h}, 1|{n}, {m}]", ok)
 
 
 def _absorb(out, lse, sink_logit):
@@ -138,8 +139,8 @@ def view_call(call: Call, view: View) -> Call:
     q, row, args = call.q, call.row, call.gain_args
     if view.heads is not None:
         g = call.k.shape[2]
-        q = _take_heads(q, view.heads, g)
-        row = {k: _take_heads(x, view.heads, g) for k, x in row.items()}
+        q = take_heads(q, view.heads, g)
+        row = {k: take_heads(x, view.heads, g) for k, x in row.items()}
     return call.replace(q=q, k=view.k, v=view.v, k_meta=view.meta, key=view.key, where=view.where, bias=None, row=row,
                         gain_args=args, past=())  # fmt: skip
 
@@ -149,10 +150,10 @@ def attend_view(call: Call, view: View, implementation: str | None = None) -> Pa
     part = attend_keys(view_call(call, view), implementation)
     if view.heads is None:
         return part
-    return Part(_put_heads(part.out, view.heads, call, 0), _put_heads(part.lse, view.heads, call, -jnp.inf))
+    return Part(put_heads(part.out, view.heads, call, 0), put_heads(part.lse, view.heads, call, -jnp.inf))
 
 
-def _take_heads(x, heads, g: int):
+def take_heads(x, heads, g: int):
     """x [B, N, H|1, ...] -> the query heads of kv heads ``heads`` [G']."""
     if x.ndim < 3 or x.shape[2] == 1:
         return x
@@ -160,7 +161,7 @@ def _take_heads(x, heads, g: int):
     return grouped[:, :, heads].reshape(*x.shape[:2], -1, *x.shape[3:])
 
 
-def _put_heads(x, heads, call: Call, fill):
+def put_heads(x, heads, call: Call, fill):
     if x is None:
         return None
     g, h = call.k.shape[2], call.q.shape[2]
@@ -173,6 +174,13 @@ def lower(call: Call) -> tuple[dict, Options]:
     """A Call's own keys as the kernel's operands and static options."""
     q, k, v = call.q, call.k, call.v
     n, m, h = q.shape[1], k.shape[1], q.shape[2]
+    for name, a in call.key.items():
+        g = k.shape[2]
+        ok = a.ndim == 3 and a.shape[0] in (1, q.shape[0]) and a.shape[1] == m and a.shape[2] in (1, g, h)
+        expect(f"key[{name!r}]", f"shape {a.shape}", f"[B|1, {m}, 1|{g}|{h}]", ok)
+    for name, a in call.row.items():
+        ok = a.ndim == 3 and a.shape[0] in (1, q.shape[0]) and a.shape[1] in (1, n) and a.shape[2] in (1, h)
+        expect(f"row[{name!r}]", f"shape {a.shape}", f"[B|1, 1|{n}, 1|{h}]", ok)
     key = dict(call.key)
     group = key.pop("group", None)
     key_bias = key.pop("bias", None)
@@ -202,8 +210,6 @@ def lower(call: Call) -> tuple[dict, Options]:
         "k_fields": {x: jnp.asarray(_field(call.k_meta, x)) for x in names},
         "row": {x: jnp.broadcast_to(a, (a.shape[0], n, a.shape[2])) for x, a in call.row.items()}, "key": key,
     }  # fmt: skip
-    expect("key", sorted(key), f"side rows of {m} keys", all(a.shape[1] == m for a in key.values()))
-    expect("row", sorted(call.row), f"1 or {h} heads", all(a.shape[2] in (1, h) for a in call.row.values()))
     step = max(1, min(where.index.shape[-1], 128 // where.unit))  # small units are read together
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     normalizer = "softmax" if call.normalizer == "softmax" else "none"

@@ -242,7 +242,8 @@ def tile_intervals(meta: Meta, names, tile: int, side: str) -> dict:
     xp = np if concrete else jnp
     out = {}
     for name in names:
-        x, ok = xp.broadcast_arrays(field_of(meta, name), valid)
+        x, ok = (a[:, None] if a.ndim == 2 else a for a in (field_of(meta, name), valid))
+        x, ok = xp.broadcast_arrays(x, ok)
         pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % tile)]
         x, ok = xp.pad(x, pad), xp.pad(ok, pad)
         x, ok = (a.reshape(*a.shape[:-1], -1, tile) for a in (x, ok))

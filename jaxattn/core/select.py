@@ -150,14 +150,32 @@ def to_mask(where: Selection, units: int) -> Array:
 
 
 def expand(where: Selection, factor: int) -> Selection:
-    """The same keys in units ``factor`` times smaller."""
+    """The same keys in units ``factor`` times smaller, with their bounds, positions and weights.
+
+    The last unit of an uneven length becomes units past the end, which attention skips."""
     expect("factor", factor, f"a divisor of the unit {where.unit}", factor >= 1 and where.unit % factor == 0)
-    index = (where.index[..., None] * factor + jnp.arange(factor)).reshape(*where.index.shape[:-1], -1)
-    return Selection(index.astype(jnp.int32), where.count * factor, unit=where.unit // factor, tile=where.tile)
+    unit, part = where.unit // factor, jnp.arange(factor)
+
+    def flat(x):  # [..., K, factor] -> [..., K * factor]
+        return x.reshape(*x.shape[:-2], -1)
+
+    bounds, pos, weight = where.bounds, where.pos, where.log_weight
+    if bounds is not None:
+        bounds = jnp.clip(bounds[..., None, :] - part[:, None] * unit, 0, unit)
+        bounds = bounds.reshape(*bounds.shape[:-3], -1, 2)
+    if pos is not None:
+        pos = flat(pos[..., None] + part * unit)
+    if weight is not None:
+        weight = jnp.repeat(weight, factor, axis=-1)
+    index = flat(where.index[..., None] * factor + part).astype(jnp.int32)
+    return Selection(index, where.count * factor, unit, where.tile, bounds, pos, weight)
 
 
 def union(a: Selection, b: Selection) -> Selection:
-    """Units in either selection; units and tiles must agree."""
+    """Units in either selection; units and tiles must agree, and neither may weigh or bound its units."""
+    for name, s in (("a", a), ("b", b)):
+        extra = [f for f in ("bounds", "pos", "log_weight") if getattr(s, f) is not None]
+        expect(name, extra, "a selection without bounds, pos and log_weight", not extra)
     expect("b", (b.unit, b.tile), f"unit and tile of a, {(a.unit, a.tile)}", (a.unit, a.tile) == (b.unit, b.tile))
     shape = jnp.broadcast_shapes(a.index.shape[:-1], b.index.shape[:-1])
     parts, valid = [], []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 
-def flash(o: dict, opt):
-    q, k, v = o["q"], o["k"], o["v"]
+def logits(o: dict, opt):
+    """(logits [B, H, N, M] before masking, bool broadcastable to them: which keys each row sees)."""
+    q, k = o["q"], o["k"]
     (b, n, h, d), (m, g) = q.shape, k.shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
 
@@ -17,7 +18,8 @@ def flash(o: dict, opt):
     def field(x):  # [b, N] or [b, G, N] -> [b, 1|H, N]
         return x[:, None] if x.ndim == 2 else jnp.repeat(x, h // g, axis=1)
 
-    s = jnp.einsum("bnhd,bmhd->bhnm", q.astype(acc), jnp.repeat(k, h // g, axis=2).astype(acc)) * opt.scale
+    s = jnp.einsum("bngrd,bmgd->bgrnm", q.reshape(b, n, g, h // g, d), k, preferred_element_type=acc)
+    s = s.reshape(b, h, n, m) * opt.scale
     qf = {name: field(x)[..., :, None] for name, x in o["q_fields"].items()}
     kf = {name: field(x)[..., None, :] for name, x in o["k_fields"].items()}
     if opt.score_mod is not None:
@@ -34,6 +36,14 @@ def flash(o: dict, opt):
     seen = seen & field(o["k_valid"])[..., None, :]
     if opt.mask is not None:
         seen = seen & opt.mask.test(qf, kf)
+    return s, seen
+
+
+def flash(o: dict, opt):
+    v = o["v"]
+    (b, n, h, _), g = o["q"].shape, v.shape[2]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    s, seen = logits(o, opt)
     if opt.normalizer == "none":
         p = jnp.where(seen, s, 0.0)
         lse = jnp.zeros((b, n, h), acc)
@@ -58,7 +68,7 @@ def listed(o: dict, opt, n: int, m: int, h: int):
     live = jnp.arange(k) < count[..., None]
     start = index[..., None] * opt.unit  # [b, Hs, Nq, K, 1]
     key = start + jnp.arange(opt.unit)
-    live = jnp.broadcast_to(live[..., None], key.shape)
+    live = live[..., None] & (key < units * opt.unit)
     if o.get("bounds") is not None:
         offset = jnp.arange(opt.unit)
         live = live & (offset >= o["bounds"][..., :1]) & (offset < o["bounds"][..., 1:])

@@ -188,6 +188,8 @@ def _step_inputs(i, j, rows, keys, per_query, q_ints, k_ints, lists, opt):
     at = j * opt.step
     chunk = lambda x, axis: lax.dynamic_slice_in_dim(x, at, opt.step, axis)  # noqa: E731
     index = chunk(take(lists["index"]), 3)
+    units = keys["k"].shape[3]
+    real, index = index < units, jnp.minimum(index, units - 1)  # an expanded selection may list units past the end
     fetch = lambda x: _fetch(x, index)  # noqa: E731
     diff = jax.tree.map(take, rows)
     fetched = jax.tree.map(fetch, keys)
@@ -201,7 +203,7 @@ def _step_inputs(i, j, rows, keys, per_query, q_ints, k_ints, lists, opt):
         "q": {k: take(x)[..., :, None] for k, x in q_ints.items()},
         "k": {k: _merge_units(fetch(x))[..., None, :] for k, x in k_ints["fields"].items()},
         "valid": fetch(k_ints["valid"]),
-        "live": at + jnp.arange(opt.step) < take(lists["count"])[..., None],
+        "live": real & (at + jnp.arange(opt.step) < take(lists["count"])[..., None]),
     }
     if "bounds" in lists:
         ints["bounds"] = chunk(take(lists["bounds"]), 3)
@@ -273,35 +275,28 @@ def _forward(o: dict, opt):
 # -------------------------------------------------------------------------------------------------------- backward
 
 
-def _backward(o: dict, opt, out, lse, d_out, d_lse):
-    """Gradients in arranged form: (rows, keys, per_query) trees, as float accumulators."""
-    (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
-    r, t = h // g, opt.tile
+def pull_back(o: dict, opt, per_row: dict, found: dict, pair):
+    """The gradient loop over tile pairs, for any function of the logits.
+
+    ``per_row``: arrays [b, g, r, Nq, t, ...] that ``pair`` reads for its query tile. ``found``: zeros [b, g, r, t, ...] of
+    row sums that it adds to. ``pair(row, s, ok, v, index) -> (ds, dv or None, row sums)`` gets the logits, what is
+    visible, and the fetched values. Returns arranged gradients (rows, keys, per_query) and the row sums.
+    """
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
     arranged = _arrange(o, opt)
     rows, keys, per_query, _, _, lists = arranged
-    spread = lambda x: _tiles(_heads(x, g, r), t)  # noqa: E731
-    delta = jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - d_lse
-    do, delta = spread(d_out), spread(delta)
-    lse = spread(jnp.where(jnp.isfinite(lse), lse, 0.0))  # rows that see nothing have no visible key below
 
     def tile(i, totals):
         take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)
-        do_i, delta_i, lse_i = take(do), take(delta), take(lse)
+        row = jax.tree.map(take, per_row)
         row_zero = jax.tree.map(lambda x: jnp.zeros_like(take(x), acc), rows)
         table_zero = jax.tree.map(lambda x: jnp.zeros_like(take(x), acc), per_query)
 
         def body(j, carry):
-            d_rows, d_tables, d_keys = carry
+            d_rows, d_tables, d_keys, sums = carry
             diff, v, ints, index = _step_inputs(i, j, *arranged, opt)
             s, pull = jax.vjp(lambda d: _logits(d, ints, opt, acc), diff)
-            ok = _visible(ints, opt)
-            vm = _merge_units(v)
-            p = jnp.where(ok, s if opt.normalizer == "none" else jnp.exp(jnp.where(ok, s, -jnp.inf) - lse_i[..., None]), 0.0)
-            dp = _dot(do_i, vm, "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
-            ds = jnp.where(ok, dp, 0.0) if opt.normalizer == "none" else p * (dp - delta_i[..., None])
-            spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
-            dv = jnp.einsum(spec, p.astype(do_i.dtype), do_i, preferred_element_type=acc).reshape(v.shape)
+            ds, dv, more = pair(row, s, _visible(ints, opt), v, index)
             (grads,) = pull(ds.astype(s.dtype))
             d_rows = {"q": d_rows["q"] + grads["q"], "row": jax.tree.map(jnp.add, d_rows["row"], grads["row"])}
             tables = dict(d_tables)
@@ -311,12 +306,15 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
                 tables["log_weight"] = lax.dynamic_update_slice_in_dim(
                     d_tables["log_weight"], grads["log_weight"].astype(acc), j * opt.step, 3
                 )
-            got = {name: grads[name] for name in d_keys if name != "v"} | {"v": dv}
-            d_keys = jax.tree.map(lambda total, x: _put(total, index, x.astype(acc)), d_keys, got)
-            return d_rows, tables, d_keys
+            got = {name: grads[name] for name in d_keys if name != "v"}
+            added = {k: x for k, x in d_keys.items() if k != "v" or dv is not None}
+            got |= {} if dv is None else {"v": dv}
+            added = jax.tree.map(lambda total, x: _put(total, index, x.astype(acc)), added, got)
+            return d_rows, tables, d_keys | added, jax.tree.map(jnp.add, sums, more)
 
-        d_rows, d_tables, totals = _loop(i, lists, opt, body, (row_zero, table_zero, totals))
-        return totals, (d_rows, d_tables)
+        init = (row_zero, table_zero, totals, found)
+        d_rows, d_tables, totals, sums = _loop(i, lists, opt, body, init)
+        return totals, (d_rows, d_tables, sums)
 
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape, acc), keys)
     n_tiles = rows["q"].shape[3]
@@ -325,8 +323,39 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
         by_tile = jax.tree.map(lambda x: x[None], by_tile)
     else:
         totals, by_tile = lax.scan(lambda c, i: tile(i, c), totals, jnp.arange(n_tiles))
-    by_tile = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), by_tile)  # the query-tile axis back at 3
-    return by_tile[0], totals, by_tile[1]
+    d_rows, d_tables, sums = by_tile
+    back = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 0, 3))  # the query-tile axis back at 3
+    return (back(d_rows), totals, back(d_tables)), sums
+
+
+def _backward(o: dict, opt, out, lse, d_out, d_lse):
+    """Gradients in arranged form: (rows, keys, per_query) trees, as float accumulators."""
+    h, g = o["q"].shape[2], o["k"].shape[2]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    spread = lambda x: _tiles(_heads(x, g, h // g), opt.tile)  # noqa: E731
+    delta = jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - d_lse
+    # rows that see nothing have no visible key below, so a finite stand-in is enough
+    per_row = {"do": spread(d_out), "delta": spread(delta), "lse": spread(jnp.where(jnp.isfinite(lse), lse, 0.0))}
+
+    def pair(row, s, ok, v, index):
+        do, vm = row["do"], _merge_units(v)
+        if opt.normalizer == "none":
+            p = jnp.where(ok, s, 0.0)
+        else:
+            p = jnp.exp(jnp.where(ok, s, -jnp.inf) - row["lse"][..., None])
+        dp = _dot(do, vm, "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
+        ds = jnp.where(ok, dp, 0.0) if opt.normalizer == "none" else p * (dp - row["delta"][..., None])
+        spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
+        dv = jnp.einsum(spec, p.astype(do.dtype), do, preferred_element_type=acc).reshape(v.shape)
+        return ds, dv, {}
+
+    return pull_back(o, opt, per_row, {}, pair)[0]
+
+
+def push_floats(floats: dict, ints: dict, opt, grads):
+    """Arranged gradients in the layout and dtype of the operands: the transpose of the (linear) arrangement."""
+    arranged, pull = jax.vjp(lambda f: _arrange(f | ints, opt)[:3], floats)
+    return pull(jax.tree.map(lambda x, g: g.astype(x.dtype), arranged, grads))[0]
 
 
 FLOATS = ("q", "k", "v", "key_bias", "bias", "log_weight", "row", "key")
@@ -345,24 +374,18 @@ def _fwd(floats, ints, opt):
 def _bwd(opt, saved, cotangents):
     floats, ints, out, lse = saved
     d_out, d_lse = cotangents
-    rows, keys, tables = _backward(floats | ints, opt, out, lse, d_out, d_lse)
-
-    # The arrangement is linear: its transpose brings every gradient back to its operand's layout.
-    def arrange(f):
-        a = _arrange(f | ints, opt)
-        return a[0], a[1], a[2]
-
-    arranged, pull = jax.vjp(arrange, floats)
-    cast = jax.tree.map(lambda x, g: g.astype(x.dtype), arranged, (rows, keys, tables))
-    return pull(cast)[0], None
+    grads = _backward(floats | ints, opt, out, lse, d_out, d_lse)
+    return push_floats(floats, ints, opt, grads), None
 
 
 _flash.defvjp(_fwd, _bwd)
 
 
+def divide(o: dict) -> tuple[dict, dict]:
+    """Operands as (differentiable, integer) dicts."""
+    floats = {"row": {}, "key": {}} | {k: x for k, x in o.items() if k in FLOATS and x is not None}
+    return floats, {k: x for k, x in o.items() if k not in FLOATS and x is not None}
+
+
 def flash(o: dict, opt):
-    floats = {k: x for k, x in o.items() if k in FLOATS and x is not None}
-    ints = {k: x for k, x in o.items() if k not in FLOATS and x is not None}
-    floats.setdefault("row", {})
-    floats.setdefault("key", {})
-    return _flash(floats, ints, opt)
+    return _flash(*divide(o), opt)
