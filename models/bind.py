@@ -1,0 +1,193 @@
+"""Sockets live outside the module: ``bind`` turns a model's sockets into a static program and its arrays.
+
+The program is hashable and compared by value, so two models bound to equal methods share every compiled function; the
+arrays hold operands (gains, thresholds, budgets, layer sets, plans), so changing them compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxattn import registry
+from jaxattn.core import types
+from jaxattn.core.types import Need, Spec, contract, expect, is_contract, split
+
+
+@contract
+class dense:
+    """Plain attention over every key the mask shows: the default of the attention socket."""
+
+    def apply(self, params, state, call, ctx):
+        from jaxattn.core.attend import attend_call
+
+        return attend_call(call)[0], state, {}
+
+
+@contract
+class by_layer:
+    """A plan: which attention each layer runs. ``kinds``: distinct Attention records; ``which``: one number per layer.
+
+    ``which`` is an operand: rearranging a plan over the same kinds compiles nothing."""
+
+    kinds: tuple
+    which: tuple = types.operand("array", ())
+
+
+@contract
+class Cut:
+    """A TokenTransform at the entrance of layer ``layer`` (or at a named site beside the stacks)."""
+
+    layer: int
+    name: str
+    transform: Any
+
+
+@contract
+class StackProgram:
+    """Everything static about one stack of layers."""
+
+    block: Any
+    layers: int
+    site: str
+    attention: tuple = (dense(),)
+    cuts: tuple = ()
+    cache: Any = None
+    steering: tuple = ()
+    needs: tuple = ()
+    remat: bool = False
+
+
+@contract
+class Program:
+    """A bound model without its arrays. ``stacks`` maps site names to StackPrograms; ``sites`` holds the transforms that
+    act between the stacks (name -> record)."""
+
+    config: Any
+    stacks: tuple
+    sites: tuple = ()
+    sampler: Any = None
+
+    def stack(self, site: str) -> StackProgram:
+        return dict(self.stacks)[site]
+
+    def transform(self, site: str):
+        return dict(self.sites).get(site)
+
+
+class Bound(NamedTuple):
+    """(program, arrays, params): what ``generate`` and the forward functions take. ``params`` are the model's weights,
+    untouched by binding; ``arrays["operands"]`` are the sockets' values and ``arrays["trained"]`` their weights."""
+
+    program: Program
+    arrays: dict
+    params: Any
+
+
+SITES = ("attention", "mixer", "reduce", "cache", "steering", "sampler")
+
+
+def _record(socket: str, value):
+    """A record from a record or from its command-line form ``name:arg=value``."""
+    if isinstance(value, str):
+        return registry.parse(socket, value)
+    expect(socket, type(value).__name__, "a method's record or its name", is_contract(value))
+    return value
+
+
+def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, cache=None, steering=None, remat=False,
+               trained=None, key=None, counts=None) -> tuple[StackProgram, dict, dict]:  # fmt: skip
+    """(program, operands, trained arrays) of one stack. ``reduce``: {layer number or "" for a schedule: record}."""
+    spec = block.spec(n_layers)
+    plan = dense() if attention is None else _record("attention", attention)
+    kinds, which = (plan.kinds, plan.which) if isinstance(plan, by_layer) else ((plan,), ())
+    which = which.numpy() if isinstance(which, types.Const) else np.asarray(which or [0] * n_layers)
+    expect("attention.which", f"{len(which)} entries", f"one per layer, {n_layers}", len(which) == n_layers)
+    expect("attention.which", which.tolist(), f"numbers below {len(kinds)}", which.size == 0 or which.max() < len(kinds))
+    kinds = tuple(_record("attention", k) for k in kinds)
+    operands: dict = {"which": which.astype(np.int32)}
+    fresh: dict = {}
+    programs = []
+    for i, kind in enumerate(kinds):
+        program, operands[f"attention.{i}"] = split(kind, spec)
+        programs.append(program)
+        if hasattr(kind, "init"):
+            keys = jax.random.split(jax.random.key(0) if key is None else key, n_layers)
+            fresh[f"attention.{i}"] = jax.vmap(lambda k, kind=kind: kind.init(k, spec))(keys)
+    cuts = []
+    for layer, record in _scheduled(reduce or {}, n_layers, site):
+        program, operands[f"cut.{len(cuts)}"] = split(record, spec)
+        if hasattr(record, "init"):
+            fresh[f"cut.{len(cuts)}"] = record.init(jax.random.key(0) if key is None else key, spec)
+        cuts.append(Cut(layer, f"cut.{len(cuts)}", program))
+    if cache is not None:
+        cache, operands["cache"] = split(_record("cache", cache), spec)
+    steers = () if steering is None else steering if isinstance(steering, tuple) else (steering,)
+    steered = []
+    for i, s in enumerate(steers):
+        program, operands[f"steering.{i}"] = split(_record("steering", s), spec)
+        steered.append(program)
+    needs = collect_needs(tuple(c for c in cuts), cache, tuple(steered), site, n_layers)
+    program = StackProgram(block, n_layers, site, tuple(programs), tuple(cuts), cache, tuple(steered), needs, remat)
+    return program, operands, {**fresh, **(trained or {})}
+
+
+def _scheduled(reduce: dict, n_layers: int, site: str):
+    """(layer, record) pairs in order of depth; multi-site records expand to one record per cut."""
+    pairs = []
+    for where, record in reduce.items():
+        record = _record("tokens", record)
+        if hasattr(record, "schedule"):
+            pairs += list(record.schedule(n_layers))
+        else:
+            layer = int(where)
+            expect(f"reduce[{site}.{layer}]", layer, f"a layer between 1 and {n_layers - 1}", 0 < layer < n_layers)
+            pairs.append((layer, record))
+    return sorted(pairs, key=lambda p: p[0])
+
+
+def collect_needs(cuts, cache, steering, site: str, n_layers: int) -> tuple[Need, ...]:
+    """Needs inside this stack as (owner, Need with an absolute layer, or "*")."""
+    found = []
+    for cut in cuts:
+        for need in needs_of(cut.transform):
+            at = f"{site}.{cut.layer - 1}" if need.at == "last" else need.at
+            if at.startswith(f"{site}."):
+                found.append(dataclasses.replace(need, at=_absolute(at, n_layers)))
+    for record in (*((cache,) if cache is not None else ()), *steering):
+        for need in needs_of(record):
+            if need.at.startswith(f"{site}.") and need.at != f"{site}.*":
+                found.append(dataclasses.replace(need, at=_absolute(need.at, n_layers)))
+    return tuple(dict.fromkeys(found))
+
+
+def needs_of(record) -> tuple[Need, ...]:
+    return tuple(record.needs()) if hasattr(record, "needs") else ()
+
+
+def _absolute(at: str, n_layers: int) -> str:
+    site, layer = at.rsplit(".", 1)
+    if layer == "*":
+        return at
+    number = int(layer)
+    expect(f"need at {at}", number, f"a layer in [{-n_layers}, {n_layers})", -n_layers <= number < n_layers)
+    return f"{site}.{number % n_layers}"
+
+
+def params_of(arrays: dict, name: str) -> dict:
+    """Operands and trained arrays of one bound record."""
+    return {**arrays.get("operands", {}).get(name, {}), **arrays.get("trained", {}).get(name, {})}
+
+
+def subset(arrays: dict, site: str) -> dict:
+    """The arrays of one stack."""
+    return {side: arrays.get(side, {}).get(site, {}) for side in ("operands", "trained")}
+
+
+def split_site(name: str, record, spec: Spec):
+    record = _record("tokens", record)
+    program, operands = split(record, spec)
+    return program, operands

@@ -1,0 +1,93 @@
+"""Evidence: what methods ask to see inside a forward pass, computed beside the flash path from q, k and the lse.
+
+A Need names a reduction; nothing hooks into a model and no N x N map exists. Gradients stop here unless a method trains
+through its evidence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.core import statistics
+from jaxattn.core.types import Array, Call, Meta, Need, Part, is_contract
+
+
+def row_weights(rows, meta: Meta, groups: dict, evidence: dict, total: bool) -> tuple[Array | None, Array]:
+    """(index [B, R] of the query rows that matter, or None for all; weights [B, R]); groups: {name: (start, stop)}."""
+    n = meta.pos.shape[-1]
+    valid = meta.valid
+    if is_contract(rows):
+        weights = rows(meta, evidence)
+        return None, weights
+    if rows == "all":
+        index, live = None, valid
+    elif rows in groups:
+        start, stop = groups[rows]
+        index = jnp.broadcast_to(jnp.arange(start, stop), (valid.shape[0], stop - start))
+        live = valid[:, start:stop]
+    elif rows == "cls":
+        index, live = jnp.zeros((valid.shape[0], 1), jnp.int32), valid[:, :1]
+    elif rows == "last" or isinstance(rows, int):
+        w = 1 if rows == "last" else min(rows, n)
+        order = jnp.where(valid, meta.pos, -1)
+        top, index = jax.lax.top_k(jnp.broadcast_to(order, valid.shape), w)
+        live = top >= 0
+    else:
+        raise ValueError(f"rows: expected 'all', 'last', 'cls', a number, one of {sorted(groups)} or a record, got {rows!r}")
+    weights = live.astype(jnp.float32)
+    if not total:
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+    return index, weights
+
+
+def over_heads(x: Array, how: str | None) -> Array:
+    """Reduce [B, H, M] over the heads."""
+    if how is None:
+        return x
+    return {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](x, axis=1)
+
+
+def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: dict, evidence: dict) -> Array:
+    """The evidence one Need asks of a layer whose call (rotated q, k) is given; ``part`` is its merged result or None
+    where the layer has not run (a cut asks the layer that comes next)."""
+    if need.what == "hidden":
+        return jax.lax.stop_gradient(hidden)
+    if need.what == "keys":
+        return jax.lax.stop_gradient(k_raw)
+    if need.what == "head_out":
+        return jax.lax.stop_gradient(part.out)
+    call = jax.lax.stop_gradient(call)
+    batch, n = call.q.shape[:2]
+    meta = _batched(call.q_meta, batch)
+    index, weights = row_weights(need.rows, meta, groups, evidence, need.total)
+    if need.what == "received" and need.iterate > 1:
+        found = statistics.iterated(call, jnp.broadcast_to(weights, (batch, n)), need.iterate, need.temperature)
+        return over_heads(found, need.over_heads)
+    lse = None if part is None or need.temperature != 1.0 else jax.lax.stop_gradient(part.lse)
+    if need.what == "entropy":
+        lse = statistics.log_mass(call, need.temperature) if lse is None else lse
+        return over_heads(jnp.moveaxis(statistics.entropy(call, lse), 1, 2), need.over_heads)
+    if index is not None:  # a few rows: never pay for the others
+        if lse is not None:
+            lse = jnp.take_along_axis(lse, index[..., None], axis=1)
+        call = statistics.rows_call(call, index)
+    if lse is None:
+        lse = statistics.log_mass(call, need.temperature)
+    if need.what == "rows":
+        every = jnp.broadcast_to(jnp.arange(call.q.shape[1]), call.q.shape[:2])
+        return over_heads(statistics.rows(call, every, lse)[0], need.over_heads)
+    if need.what != "received":
+        raise ValueError(f"need {need.name!r}: unknown kind of evidence {need.what!r}")
+    own, _ = statistics.received(call, lse, weights, temperature=need.temperature)
+    return over_heads(own, need.over_heads)
+
+
+def _batched(meta: Meta, batch: int) -> Meta:
+    return dataclasses.replace(
+        meta,
+        pos=jnp.broadcast_to(meta.pos, (batch, meta.pos.shape[-1])),
+        valid=jnp.broadcast_to(meta.valid, (batch, meta.valid.shape[-1])),
+    )
