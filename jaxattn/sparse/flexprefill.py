@@ -55,7 +55,8 @@ def flexprefill_blocks(
 
     vertical_block, slash_block = _sum_pool(vertical, block), _sum_pool(slash, block)
     keys = mean_pool(k.astype(vertical.dtype), block)  # [B, Nb, G, D]
-    pooled = jax.nn.softmax(_block_logits_tile(last.astype(vertical.dtype).mean(1, keepdims=True), keys, scale)[:, :, 0])
+    mean_query = last.astype(vertical.dtype).mean(1, keepdims=True)
+    pooled = jax.nn.softmax(_block_logits_tile(mean_query, keys, scale)[:, :, 0])
     sqrt_jsd = _root_divergence(pooled, vertical_block)
     aware = sqrt_jsd < tau
     columns, diagonals = (jnp.where(aware, low, x) for x in (columns, diagonals))
@@ -105,7 +106,7 @@ class FlexPrefill:
     def apply(self, params: dict, state: State, call: Call, ctx: Ctx) -> tuple[Part, State, dict]:
         n = call.q.shape[1]
         if call.past or call.k.shape[1] != n or self.dense(n):
-            return attend_call(call)[0], state, {}
+            return attend_call(call)[0], state, {"density": jnp.ones(call.q.shape[:1] + call.q.shape[2:3])}
         found = flexprefill_blocks(
             jax.lax.stop_gradient(call.q), jax.lax.stop_gradient(call.k), block=self.block, gamma=params["gamma"],
             tau=params["tau"], min_budget=self.min_budget, max_budget=self.max_budget, count_block=self.count_block,

@@ -89,8 +89,8 @@ def test_full_coverage_short_prompts_and_decoding_are_dense(rng):
     sparse = flexprefill(gamma=0.1, tau=0.0, block=8, min_budget=8)
     assert np.abs(apply(sparse, call) - dense).max() > 1e-2
     past = View(k[:, :99], v[:, :99], Meta.of(99))
-    last = make_call(q[:, 99:], k[:, 99:], v[:, 99:], mask=causal(), past=(past,), q_meta=Meta.of(1, pos=np.array([[99]])),
-                     k_meta=Meta.of(1, pos=np.array([[99]])))  # fmt: skip
+    new = Meta.of(1, pos=np.array([[99]]))
+    last = make_call(q[:, 99:], k[:, 99:], v[:, 99:], mask=causal(), past=(past,), q_meta=new, k_meta=new)
     np.testing.assert_allclose(apply(sparse, last), dense[:, 99:], atol=1e-5)
 
 
