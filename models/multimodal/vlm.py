@@ -1,0 +1,234 @@
+"""A LLaVA-like vision-language model: tower, projector, language model.
+
+Visual and text rows are two groups with explicit positions; which rows exist is a matter of shapes (a reduction shortens
+the arrays that later layers see), what order means is a matter of Meta.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn.core import mask as masks
+from jaxattn.core.types import Array, Ctx, Meta, contract, data, expect, split
+from jaxattn.nn import layers
+from models import stack
+from models.bind import Bound, Program, _record, bind_stack, needs_of, params_of, subset
+from models.language import llm
+from models.vision import vit
+
+
+@contract
+class VLMConfig:
+    """Static shape of a vision-language model.
+
+    select: which layer's output the language model reads, as in Hugging Face (-1 last, -2 the one before).
+    prefix: text rows before the image (system prompt and the like) keep positions 0..prefix-1.
+    skip: the projector adds its input (same widths).  position: learned 2-D positions added after the projector, indexed by
+      the original token.
+    """
+
+    vision: vit.ViTConfig
+    llm: llm.LLMConfig
+    projector_hidden: int
+    select: int = -2
+    projector_norm: bool = False
+    position: bool = False
+    activation: str = "gelu"
+
+    @property
+    def visual(self) -> int:
+        return self.vision.patches
+
+    @property
+    def run_layers(self) -> int:
+        return self.vision.layers + 1 + self.select
+
+
+class Projector(nnx.Module):
+    """Two dense maps with an activation; optionally a norm in front and learned positions behind."""
+
+    def __init__(self, c: VLMConfig, *, rngs: nnx.Rngs):
+        wide, dim = c.vision.block.dim, c.llm.block.dim
+        if c.projector_norm:
+            self.norm = layers.Norm(wide, kind="layer")
+        self.up = layers.Dense(wide, c.projector_hidden, bias=True, rngs=rngs)
+        self.down = layers.Dense(c.projector_hidden, dim, bias=True, rngs=rngs)
+        if c.position:
+            self.pos = nnx.Param(jnp.asarray(vit.sincos_2d(*c.vision.grid, dim)) * 0.5)
+
+
+class VLM(nnx.Module):
+    """Parameters: vision, projector, llm."""
+
+    def __init__(self, c: VLMConfig, *, rngs: nnx.Rngs):
+        self.config = c
+        self.vision = vit.ViT(c.vision, rngs=rngs)
+        self.projector = Projector(c, rngs=rngs)
+        self.llm = llm.LLM(c.llm, rngs=rngs)
+
+
+@data
+class Visual:
+    """What the language model gets to see of an image: rows [B, K, C] with Meta, and the evidence found on the way."""
+
+    x: Array
+    meta: Meta
+    slot: Array
+    evidence: dict
+    features: Array
+    tower: stack.StackOut
+
+
+def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steering=None, vision_attention=None, remat=False,
+         trained=None, key=None) -> Bound:  # fmt: skip
+    """Bind sockets. ``reduce`` maps sites to token methods: "vision.6" (inside the tower), "vision" (its output),
+    "project" (after the projector), "llm.8" (before layer 8), "llm" (a method with a schedule of its own). attention, cache
+    and steering act in the language model, ``vision_attention`` in the tower."""
+    tower, between, language = {}, {}, {}
+    for site, record in (reduce or {}).items():
+        family, _, layer = site.partition(".")
+        if family == "vision" and layer:
+            tower[layer] = record
+        elif site in ("vision", "project"):
+            between[site] = _record("tokens", record)
+        elif family == "llm":
+            language[layer] = record
+        else:
+            raise ValueError(f"reduce: expected vision, vision.<layer>, project, llm or llm.<layer>, got {site!r}")
+    trained = trained or {}
+    v_program, v_operands, v_fresh = bind_stack(c.vision.block, c.vision.layers, "vision", attention=vision_attention,
+                                                reduce=tower, remat=remat, trained=trained.get("vision"), key=key)  # fmt: skip
+    l_program, l_operands, l_fresh = bind_stack(c.llm.block, c.llm.layers, "llm", attention=attention, reduce=language,
+                                                cache=cache, steering=steering, remat=remat, trained=trained.get("llm"),
+                                                key=key)  # fmt: skip
+    operands = {"vision": v_operands, "llm": l_operands, "sites": {}}
+    fresh = {"vision": v_fresh, "llm": l_fresh, "sites": dict(trained.get("sites") or {})}
+    sites, extra = [], []
+    spec = c.vision.block.spec(c.vision.layers)
+    for site, record in between.items():
+        if hasattr(record, "schedule"):
+            raise ValueError(f"reduce[{site!r}]: {record} cuts a stack at several layers; bind it to 'llm'")
+        record.rows(c.visual)  # a budget beyond the tokens is an error here, with its name
+        program, operands["sites"][site] = split(record, spec)
+        if hasattr(record, "init") and site not in fresh["sites"]:
+            fresh["sites"][site] = record.init(jax.random.key(0) if key is None else key, spec)
+        sites.append((site, program))
+        extra.extend(needs_of(program))
+    extra += [need for cut in l_program.cuts for need in needs_of(cut.transform)]
+    v_program = _with_needs(v_program, extra)
+    program = Program(c, (("vision", v_program), ("llm", l_program)), tuple(sites))
+    return Bound(program, {"operands": operands, "trained": fresh}, params)
+
+
+def _with_needs(program, extra):
+    """The tower also answers what transforms behind it ask of its layers."""
+    import dataclasses
+
+    from models.bind import _absolute
+
+    more = [dataclasses.replace(n, at=_absolute(n.at, program.layers)) for n in extra if n.at.startswith("vision.")]
+    return dataclasses.replace(program, needs=tuple(dict.fromkeys((*program.needs, *more))))
+
+
+def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", whole: bool = False):
+    """Run the tower to its select layer; with ``whole`` also the layers behind it (their output serves CLS heads)."""
+    program, arrays, params = bound
+    c: VLMConfig = program.config
+    stack_program, mine = program.stack("vision"), subset(arrays, "vision")
+    streams = vit.embed(params["vision"], c.vision, image, dtype)
+    out = stack.run(params["vision"], stack_program, mine, streams, phase=phase, stop=c.run_layers)
+    rest = None
+    if whole and c.run_layers < c.vision.layers:
+        rest = stack.run(params["vision"], stack_program, mine, out.streams, phase=phase, start=c.run_layers)
+    return out, rest
+
+
+def project(params: dict, c: VLMConfig, x: Array, original: Array) -> Array:
+    """Feature rows [B, K, Cv] to language width; ``original`` int32 [B, K] says which patch each row was."""
+    p = params["projector"]
+    if c.projector_norm:
+        x = layers.norm(p["norm"], x, 1e-6)
+    y = layers.dense(p["down"], layers.ACTIVATIONS[c.activation](layers.dense(p["up"], x)))
+    if c.position:
+        y = y + jnp.take(p["pos"].astype(y.dtype), original, axis=0)
+    return y
+
+
+def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "prefill", key=None, out=None) -> Visual:
+    """Image to the visual rows of the language model: tower, reductions, projector.
+
+    Args: prompt: Tokens-like (x [B, T, C], valid [B, T]) of the prompt's embeddings, for methods that read the text.
+      out: a tower result computed before.
+    """
+    program, arrays, params = bound
+    c: VLMConfig = program.config
+    out = tower(bound, image, dtype=dtype, phase=phase)[0] if out is None else out
+    streams = out.streams
+    features = streams.tokens("vision")
+    facts = {**out.evidence, "features": features.x, "text": prompt}
+    start, stop = streams.span("vision")
+    ctx = Ctx(phase=phase, site="vision", key=key, spec=c.vision.block.spec(c.vision.layers))
+    record = program.transform("vision")
+    site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
+    if record is not None:
+        streams = stack.transform(record, params_of(site_arrays, "vision"), streams, "vision", facts, ctx)
+    kept = streams.tokens("vision")
+    x = project(params, c, kept.x, kept.meta.pos)
+    groups = {"vision": (x, kept.meta)}
+    visual = stack.streams_of(groups)
+    visual = visual.replace(slots={"vision": kept.slot})
+    record = program.transform("project")
+    if record is not None:
+        total = out.streams.x.shape[1]
+        for need in needs_of(record):
+            found = facts.get(need.name)
+            if hasattr(found, "shape") and need.what == "received" and found.shape[-1] == total:
+                facts[need.name] = found[..., start:stop]
+        ctx = Ctx(phase=phase, site="project", key=key, spec=ctx.spec)
+        visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts, ctx)
+    rows = visual.tokens("vision")
+    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out)
+
+
+def text_rows(params: dict, c: VLMConfig, tokens: Array, meta: Meta, dtype=None) -> tuple[Array, Meta]:
+    return llm.embed(params["llm"], tokens, dtype), meta
+
+
+def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
+    """(Meta, mask) of packed questions behind one image: every segment sees the image and itself, never another question;
+    all questions take the same positions, right after the image's."""
+    segment, position = jnp.asarray(batch["segment"]), jnp.asarray(batch["position"])
+    order = c.visual + jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+    meta = Meta(order, segment > 0, rope=c.visual + position, labels={"segment": segment})
+    return meta, masks.causal() & (masks.same("segment") | masks.key_is("segment", 0))
+
+
+def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = None, mask=None, phase: str = "train", dtype=None,
+            visual: Visual | None = None, key=None, new_rows: int = 0, **run) -> tuple[llm.LLMOut, Visual]:  # fmt: skip
+    """Image [B, H, W, ch] and text tokens int32 [B, T] behind it to the text rows' logits [B, T, V].
+
+    meta: default positions follow the image's.  visual: rows of ``see`` computed before.
+    """
+    program, arrays, params = bound
+    c: VLMConfig = program.config
+    expect("tokens", f"shape {tokens.shape}", "[batch, tokens]", tokens.ndim == 2)
+    meta = llm.text_meta(tokens, start=c.visual) if meta is None else meta
+    text = llm.embed(params["llm"], tokens, dtype)
+    if visual is None:
+        visual = see(bound, image, prompt=(text, meta.valid), dtype=dtype, phase=phase, key=key)
+    streams = stack.streams_of({"vision": (visual.x, visual.meta), "text": (text, meta)})
+    streams = streams.replace(slots={**streams.slots, "vision": visual.slot})
+    out = stack.run(params["llm"], program.stack("llm"), subset(arrays, "llm"), streams, phase=phase, mask=mask, key=key,
+                    evidence=visual.evidence, new_rows=new_rows, **run)  # fmt: skip
+    start, stop = out.streams.span("text")
+    rows = stack.Streams(out.streams.x[:, start:stop], jax.tree.map(lambda a: a[:, start:stop], out.streams.meta),
+                         {"text": out.streams.slots["text"]}, (("text", stop - start),))  # fmt: skip
+    finished = llm.finish(bound, out.replace(streams=rows), params=params["llm"], c=c.llm)
+    return finished.replace(stack=out), visual
+
+
+def init(c: VLMConfig, seed: int = 0) -> dict:
+    """Fresh parameters as a pure dict."""
+    return jax.jit(lambda key: layers.pure(VLM(c, rngs=nnx.Rngs(params=key))))(jax.random.key(seed))
