@@ -1,0 +1,69 @@
+"""python -m train {lm,vit,vlm}: train a model; `python -m train lm --help` lists the flags.
+
+Exit status: 0 when trained, 1 for an error, 130 when ctrl-C (or SIGTERM) stopped it, after saving; the same
+command then continues.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import tyro
+
+from train import backend
+from train.config import LM, VLM, Common, ViT
+from train.loop import INTERRUPTED, fit
+
+Task = (
+    Annotated[LM, tyro.conf.subcommand("lm")]
+    | Annotated[ViT, tyro.conf.subcommand("vit")]
+    | Annotated[VLM, tyro.conf.subcommand("vlm")]
+)
+
+
+def run(config: Common) -> int:
+    """Train what `config` describes; returns the exit status."""
+    backend.start(devices=config.devices, **vars(config.hosts))
+    from train import tasks  # imports models, whose constants may touch the backend
+
+    mesh = config.mesh.make()
+    task = tasks.build(config)
+    folder = config.folder
+    result = fit(
+        task.loss_fn,
+        task.params,
+        iter(task.batches),
+        optimizer=config.make_optimizer(),
+        steps=config.steps,
+        mesh=mesh,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        checkpoint_dir=folder / "checkpoints",
+        save_every=config.save_every,
+        keep=config.keep,
+        resume=config.resume,
+        config=config.record(),
+        log_every=config.log_every,
+        metrics_path=folder / "metrics.jsonl",
+        plot_path=folder / "loss.png",
+        eval_fn=task.eval_fn,
+        eval_every=config.eval_every,
+        title=config.task,
+        unit=task.unit,
+    )
+    return INTERRUPTED if result.interrupted else 0
+
+
+def main(args: list[str] | None = None) -> int:
+    config = tyro.cli(Task, prog="python -m train", args=args)
+    try:
+        return run(config)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("TRAIN_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
