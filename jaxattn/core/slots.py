@@ -1,0 +1,169 @@
+"""Token merging: slot maps, and the one segment mean that carries them out.
+
+Every hard merge of the field is a weighted mean over a slot map: ``slot`` int32 [B|1, N] names the output row that
+takes input row i, -1 drops it. The makers here (``bipartite``, ``nearest``, ``windows``) only decide; ``merge_tokens``
+executes. A maker's ``order`` int32 [B, n_slots] names, per output row, the input row whose position and labels it
+takes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.core.select import gather_tokens, keep_top
+from jaxattn.core.types import Array, expect
+
+MODES = ("wavg", "mean", "target_plus_mean")
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+def slot_sum(x: Array, slot: Array, n_slots: int) -> Array:
+    """[B, n_slots, ...] sums of x [B, N, ...] over each slot, in at least float32."""
+    expect("slot", f"shape {tuple(slot.shape)}", f"[1|{x.shape[0]}, {x.shape[1]}]",
+           slot.ndim == 2 and slot.shape[0] in (1, x.shape[0]) and slot.shape[1] == x.shape[1])  # fmt: skip
+    slot = jnp.broadcast_to(jnp.where(slot < 0, n_slots, slot), x.shape[:2])  # a negative index would wrap around
+    total = jnp.zeros((n_slots, *x.shape[2:]), jnp.promote_types(x.dtype, jnp.float32))
+    return jax.vmap(lambda row, s: total.at[s].add(row.astype(total.dtype), mode="drop"))(x, slot)
+
+
+def merge_tokens(x: Array, slot: Array, n_slots: int, *, weight: Array | None = None, mode: str = "wavg",
+                 targets: Array | None = None) -> Array:
+    """Rows of x merged by slot.
+
+    Args:
+      x: [B, N, C].  slot: int32 [B|1, N], in [0, n_slots) or -1 (dropped).
+      weight: [B|1, N], non-negative; only with "wavg" (default 1): the input tokens that each row stands for.
+      mode: "wavg" sum(w x) / sum(w);  "mean" the plain mean of the members;  "target_plus_mean" the slot's target row
+        plus the mean of its other members (VisionZip's contextual tokens: a sum, not a mean over all).
+      targets: int32 [B|1, n_slots]; the target row of each slot, for "target_plus_mean".
+    Returns: [B, n_slots, C] in x's dtype; slots without members are 0.
+    """  # fmt: skip
+    expect("mode", repr(mode), f"one of {MODES}", mode in MODES)
+    expect("x", f"shape {x.shape}", "[batch, tokens, channels]", x.ndim == 3)
+    expect("weight", "an array", f"None with mode {mode!r}", weight is None or mode == "wavg")
+    b, n, _ = x.shape
+    w = jnp.ones((b, n), jnp.promote_types(x.dtype, jnp.float32))
+    if weight is not None:
+        ok = weight.ndim == 2 and weight.shape[0] in (1, b) and weight.shape[1] == n
+        expect("weight", f"shape {weight.shape}", f"[1|{b}, {n}]", ok)
+        w = jnp.broadcast_to(weight, (b, n)).astype(w.dtype)
+    if mode == "target_plus_mean":
+        expect("targets", None, f"int32 [B|1, {n_slots}]", targets is not None)
+        ok = targets.ndim == 2 and targets.shape[0] in (1, b) and targets.shape[1] == n_slots
+        expect("targets", f"shape {targets.shape}", f"[1|{b}, {n_slots}]", ok)
+        targets = jnp.broadcast_to(targets, (b, n_slots))
+        is_target = jax.vmap(lambda t: jnp.zeros(n, bool).at[t].set(True))(targets)
+        w = jnp.where(is_target, 0.0, w)
+    total = slot_sum(x.astype(w.dtype) * w[..., None], slot, n_slots)
+    mass = slot_sum(w, slot, n_slots)[..., None]
+    out = jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1.0), 0.0)
+    if mode == "target_plus_mean":
+        out = out + gather_tokens(x, targets)
+    return out.astype(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- makers of slots
+def _unit(x: Array) -> Array:
+    """Rows of x with length 1 in at least float32; zero rows stay zero, with zero gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+
+
+def bipartite(metric: Array, r: int, *, protect_first: int = 0, valid: Array | None = None):
+    """Bipartite soft matching of ToMe (arXiv 2210.09461): even rows (a) merge into their most similar odd rows (b).
+
+    Args:
+      metric: [B, N, d]; compared by cosine.  r: how many a-rows merge, at most ceil(N / 2) less the protected ones.
+      protect_first: the first rows that neither merge nor receive (1: a class token).
+      valid: bool [B|1, N]; other rows neither merge nor receive, and their slot is -1.
+    Returns:
+      slot: int32 [B, N].  order: int32 [B, N - r].
+      Output rows are the unmerged a-rows, by descending best similarity (by index when rows are protected, so that
+      the class token stays first), then all b-rows.
+    The similarity of all a with all b is what the method compares: N / 2 x N / 2 numbers per batch row.
+    """
+    b, n, _ = metric.shape
+    n_a = -(-n // 2)
+    most = min(n_a - -(-protect_first // 2), n // 2)
+    expect("r", r, f"between 0 and {most} merges of {n} rows, {protect_first} of them protected", 0 <= r <= most)
+    valid = jnp.ones((b, n), bool) if valid is None else jnp.broadcast_to(valid, (b, n))
+    free = valid & (jnp.arange(n) >= protect_first)
+    if n < 2:
+        slot = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+        return jnp.where(valid, slot, -1), slot
+    unit = _unit(metric)
+    similar = jnp.einsum("bid,bjd->bij", unit[:, ::2], unit[:, 1::2])
+    similar = jnp.where(free[:, 1::2][:, None, :] & free[:, ::2][:, :, None], similar, -jnp.inf)
+    best, to = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
+    # Padding sorts after every real merge and before what must stay: r real merges happen as without padding.
+    best = jnp.where(valid[:, ::2], best, -2.0)
+    ranked = jnp.argsort(-best, axis=-1, stable=True).astype(jnp.int32)
+    gone, stay = ranked[:, :r], ranked[:, r:]
+    if protect_first:
+        stay = jnp.sort(stay, axis=-1)
+
+    def put(stay, gone, to):
+        place = jnp.arange(n_a - r, dtype=jnp.int32)
+        slot_a = jnp.zeros(n_a, jnp.int32).at[stay].set(place).at[gone].set(n_a - r + to[gone])
+        slot = jnp.zeros(n, jnp.int32).at[::2].set(slot_a)
+        return slot.at[1::2].set(n_a - r + jnp.arange(n // 2, dtype=jnp.int32))
+
+    slot = jax.vmap(put)(stay, gone, to)
+    odd = jnp.broadcast_to(jnp.arange(1, n, 2, dtype=jnp.int32), (b, n // 2))
+    return jnp.where(valid, slot, -1), jnp.concatenate([2 * stay, odd], -1)
+
+
+def strided(rest: Array, n_slots: int):
+    """Evenly strided rows among those of ``rest`` bool [B, N]: the 0th, s-th, 2s-th ..., s = max(1, count // n_slots).
+
+    Returns: index int32 [B, n_slots], valid bool [B, n_slots] (fewer rows than slots leave the last ones invalid)."""
+    count = rest.sum(-1, keepdims=True)
+    at = jnp.arange(n_slots) * jnp.maximum(1, count // n_slots)
+    nth = jnp.cumsum(rest, axis=-1)
+    index = jax.vmap(lambda c, i: jnp.searchsorted(c, i + 1))(nth, at)
+    valid = at < count
+    return jnp.where(valid, index, 0).astype(jnp.int32), valid
+
+
+def nearest(metric: Array, targets: Array, rest: Array, *, valid: Array | None = None) -> Array:
+    """Slot map that sends each row to its most similar target (contextual tokens of VisionZip, arXiv 2412.04467).
+
+    Args:
+      metric: [B, N, d]; compared by cosine.  targets: int32 [B|1, C] rows; a target goes to its own slot.
+      rest: bool [B|1, N]; the rows that are assigned. Others are -1.
+      valid: bool [B|1, C] of the targets; others receive nothing.
+    Returns: int32 [B, N] in [0, C) or -1; ties to the lowest slot.
+    """
+    b, n, _ = metric.shape
+    c = targets.shape[-1]
+    targets = jnp.broadcast_to(targets, (b, c))
+    valid = jnp.ones((b, c), bool) if valid is None else jnp.broadcast_to(valid, (b, c))
+    unit = _unit(metric)
+    similar = jnp.einsum("bnd,bcd->bnc", unit, gather_tokens(unit, targets))
+    similar = jnp.where(valid[:, None, :], similar, -jnp.inf)
+    slot = jnp.where(valid.any(-1, keepdims=True) & rest, similar.argmax(-1), -1).astype(jnp.int32)
+    own = jnp.arange(c, dtype=jnp.int32)
+    return jax.vmap(lambda s, t, ok: s.at[jnp.where(ok, t, n)].set(own, mode="drop"))(slot, targets, valid)
+
+
+def windows(grid: tuple[int, int], size: int | tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Slot map int32 [1, h * w] of the windows of a raster grid (h, w), row by row, and their number.
+
+    Windows at the right and lower edge are smaller where the size does not divide the grid."""
+    (h, w), (sh, sw) = grid, (size, size) if isinstance(size, int) else size
+    expect("size", size, f"between 1 and the grid {grid}", 1 <= sh <= h and 1 <= sw <= w)
+    across = -(-w // sw)
+    slot = (np.arange(h) // sh)[:, None] * across + (np.arange(w) // sw)[None, :]
+    return slot.reshape(1, -1).astype(np.int32), -(-h // sh) * across
+
+
+def compact(keep: Array, cap: int):
+    """The rows of ``keep`` bool [B, N] in order: index int32 [B, cap] padded with 0, valid bool [B, cap]. Of more than
+    ``cap`` rows the first are taken."""
+    return keep_top(jnp.where(keep, 0.0, -jnp.inf), cap)
+
+
+__all__ = ["bipartite", "compact", "merge_tokens", "nearest", "slot_sum", "strided", "windows"]
