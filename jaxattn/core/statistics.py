@@ -210,16 +210,22 @@ def _expect_columns(call: Call, lse: Array, columns) -> Array:
 def distance(call: Call, lse: Array) -> Array:
     """[B, N, H] mean of q.pos - k.pos under each row's probabilities (mass on a sink counts as distance 0)."""
 
-    def digits(meta: Meta):
-        # Three base-256 digits and a one: exact as values even where products of float32 round to bfloat16 or tf32.
-        pos = jnp.asarray(meta.pos)
-        return jnp.stack([jnp.ones_like(pos), pos & 255, (pos >> 8) & 255, pos >> 16], -1)
+    def digits(pos):
+        # Balanced base-256 digits: exact as values even where products of float32 round to bfloat16 or tf32, and
+        # small distances between small positions, of either sign, do not come from large terms.
+        pos = jnp.asarray(pos)
+        low = ((pos + 128) & 255) - 128
+        rest = (pos - low) >> 8
+        mid = ((rest + 128) & 255) - 128
+        return low, mid, (rest - mid) >> 8
+
+    def columns(meta: Meta):
+        return jnp.stack([jnp.ones_like(meta.pos), *digits(meta.pos)], -1)
 
     call = _plain(call)
-    mass, low, mid, high = jnp.moveaxis(_expect_columns(call, lse, digits), -1, 0)
-    pos = jnp.asarray(call.q_meta.pos)[..., None]
-    digit = lambda x, d: mass * x.astype(mass.dtype) - d  # noqa: E731
-    return digit(pos & 255, low) + 256.0 * digit((pos >> 8) & 255, mid) + 65536.0 * digit(pos >> 16, high)
+    mass, *key = jnp.moveaxis(_expect_columns(call, lse, columns), -1, 0)
+    row, weights = digits(call.q_meta.pos), (1.0, 256.0, 65536.0)
+    return sum(w * (mass * r[..., None].astype(mass.dtype) - c) for w, r, c in zip(weights, row, key, strict=True))
 
 
 def masses(call: Call, label_name: str, n_classes: int, lse: Array) -> Array:
