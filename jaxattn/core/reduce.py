@@ -57,7 +57,7 @@ def count_of(params: dict, n: int) -> Array:
 
 # ------------------------------------------------------------------------------------------------- evidence and choice
 def evidence_rows(evidence: dict, name: str, tokens: Tokens, *, heads: bool = False) -> Array:
-    """``evidence[name]``, checked: [B, N], one value per row that the transform acts on, or [B, H, N] with ``heads``."""
+    """``evidence[name]``, checked: [B, N], a value per row that the transform acts on, or [B, H, N] with ``heads``."""
     expect("evidence", sorted(evidence) or "none", f"the entry {name!r}", name in evidence)
     x, (b, n) = evidence[name], tokens.x.shape[:2]
     ok = x.ndim == 2 + heads and x.shape[-1] == n and x.shape[0] == b

@@ -12,8 +12,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxattn.core.reduce import (
-    check_budget, choose, count_of, dispose, evidence_rows, label, newline_rows, rows_left, valid_rows,
-)  # fmt: skip
+    check_budget,
+    choose,
+    count_of,
+    dispose,
+    evidence_rows,
+    label,
+    newline_rows,
+    rows_left,
+    valid_rows,
+)
 from jaxattn.core.types import Array, Need, contract, expect, operand
 from jaxattn.registry import register
 

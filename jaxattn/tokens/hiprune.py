@@ -19,8 +19,15 @@ import math
 import jax.numpy as jnp
 
 from jaxattn.core.reduce import (
-    check_budget, choose, count_of, dispose, evidence_rows, newline_rows, rows_left, valid_rows,
-)  # fmt: skip
+    check_budget,
+    choose,
+    count_of,
+    dispose,
+    evidence_rows,
+    newline_rows,
+    rows_left,
+    valid_rows,
+)
 from jaxattn.core.select import forbid, gather_tokens, keep_top, protect, rank_of, scatter_tokens
 from jaxattn.core.types import Array, Need, contract, expect, operand
 from jaxattn.registry import register
@@ -90,7 +97,8 @@ class _HiPrune:
         return dataclasses.replace(self, middle=max(0, round(layers * 9 / 24) - 1))
 
     def needs(self):
-        expect("middle", self.middle, "a layer number, or resolve(layers) called before needs()", self.middle is not None)
+        known = self.middle is not None
+        expect("middle", self.middle, "a layer number, or resolve(layers) called before needs()", known)
         return (
             Need("middle", what="received", at=f"vision.{self.middle}", rows="all", over_heads="mean"),
             Need("deep", what="received", at=f"vision.{self.deep}", rows="all", over_heads="mean"),

@@ -14,13 +14,14 @@ one image's tokens squared: it is built for image tokens only.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxattn.core.reduce import check_budget, count_of, dispose, rows_left, valid_rows
 from jaxattn.core.select import greedy
-from jaxattn.core.types import Array, Need, contract, expect, operand
+from jaxattn.core.types import Array, Need, Tokens, contract, expect, operand
 from jaxattn.registry import register
 
 # Words that say how something is asked, not what about.
@@ -41,7 +42,13 @@ def content_words(prompt: str) -> list[str]:
     for suffix in SUFFIXES:
         prompt = prompt.replace(suffix, " ")
     words = re.findall(r"\b\w+\b", prompt)
-    return [w for w in words if w.lower() not in STOP_WORDS] or words
+    return [w for w, keep in zip(words, content_mask(words), strict=True) if keep]
+
+
+def content_mask(words: Sequence[str]) -> list[bool]:
+    """Which of ``words`` are content words; all of them where none is."""
+    mask = [w.lower() not in STOP_WORDS for w in words]
+    return mask if any(mask) else [True] * len(words)
 
 
 def mmtok_coverage(text: Array, vision: Array, features: Array, *, tau_text=0.02, tau_vision=0.2, alpha=0.5,
@@ -52,7 +59,8 @@ def mmtok_coverage(text: Array, vision: Array, features: Array, *, tau_text=0.02
       text: [T, D] prompt embeddings.  vision: [N, D] projector output.  features: [N, C] projector input.
       text_valid: bool [T], valid: bool [N]; other rows are absent: they neither cover nor want to be covered.
     """  # fmt: skip
-    expect("vision", f"shape {vision.shape}", f"[N, {text.shape[-1]}], the width of text", vision.shape[1:] == text.shape[1:])
+    width = text.shape[-1]
+    expect("vision", f"shape {vision.shape}", f"[N, {width}], the width of text", vision.shape[1:] == (width,))
     expect("features", f"{features.shape[0]} rows", f"one per token, {vision.shape[0]}", len(features) == len(vision))
     text_valid = jnp.ones(text.shape[0], bool) if text_valid is None else text_valid
     valid = jnp.ones(vision.shape[0], bool) if valid is None else valid
@@ -121,13 +129,13 @@ class _MMTok:
     def apply(self, params, state, tokens, evidence, ctx):
         n = tokens.x.shape[1]
         for name in ("text", "features"):
-            expect("evidence", sorted(evidence) or "none", f"the entry {name!r}", name in evidence)
+            expect("evidence", sorted(k for k in evidence if evidence[k] is not None) or "none", f"the entry {name!r}",
+                   evidence.get(name) is not None)  # fmt: skip
         text, features, valid = evidence["text"], evidence["features"], valid_rows(tokens)
-        expect("evidence['features']", f"shape {tuple(features.shape)}", f"{valid.shape} and a width", features.shape[:2] == valid.shape)  # fmt: skip
-        wanted = valid_rows(text)
-        if "content" in text.meta.labels:
-            content = wanted & (text.meta.labels["content"] > 0)
-            wanted = jnp.where(content.any(-1, keepdims=True), content, wanted)
+        ok = features.ndim == 3 and features.shape[:2] == valid.shape
+        expect("evidence['features']", f"shape {tuple(features.shape)}", f"[{valid.shape[0]}, {n}, C]", ok)
+        words, wanted = (text.x, text.meta.valid) if isinstance(text, Tokens) else text
+        wanted = jnp.broadcast_to(wanted, words.shape[:2])
         count, k = count_of(params, n), min(rows_left(self.keep, n, "keep"), n)
         taus = {name: params[name] for name in ("tau_text", "tau_vision", "alpha")}
 
@@ -138,7 +146,7 @@ class _MMTok:
             picks = jnp.where(jnp.arange(k) < count, picks, n)
             return jnp.zeros(n, bool).at[picks].set(True, mode="drop") & valid
 
-        keep = jax.vmap(one)(text.x, tokens.x, features, wanted, valid)
+        keep = jax.vmap(one)(words, tokens.x, features, wanted, valid)
         return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {}
 
 
@@ -150,7 +158,7 @@ def mmtok(keep: int, tau_text: float = 0.02, tau_vision: float = 0.2, alpha: flo
     Args:
       tau_text, tau_vision: temperatures of the two coverage maps.  alpha: weight of the image's own coverage.
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh" (see ``core.reduce``).
-    Evidence: "text", Tokens of the prompt's embeddings, whose label "content" (1: a content word, see
-    ``content_words``), where present, narrows the text; "features" [B, N, C], the projector's input.
+    Evidence: "text", the prompt's embeddings as Tokens or as a pair (x [B, T, D], valid bool [B, T]), whose valid rows
+    are the text to cover (content words only in the paper: ``content_mask``); "features" [B, N, C], projector input.
     """  # fmt: skip
     return _MMTok(keep, tau_text, tau_vision, alpha, mode, positions)
