@@ -106,12 +106,13 @@ def test_every_variant_runs_and_padding_is_nothing(rng):
     q, k, v = rng.normal(size=(3, 2, 7, 2, 8)).astype(np.float32)
     valid = np.ones((2, 7), bool)
     valid[0, :3] = False
+    padded = make_call(q, k, v, k_meta=Meta.of(7, valid=valid))
     for how in ({"norm": "layer"}, {"norm": "srms", "gate": "low_rank"}, {"gate": "linear", "silu_values": False}):
         method = lightning_attention(decay="head", **how)
         again = lightning_attention(decay="head", **how)
         assert method == again and hash(method) == hash(again)
-        params, meta = init_params(method, SPEC), Meta.of(7, valid=valid)
-        run = jax.jit(lambda v, m=method, p=params: m.apply(p, State(), make_call(q, k, v, k_meta=meta), Ctx(x=x))[0].out)
+        params = init_params(method, SPEC)
+        run = jax.jit(lambda v, m=method, p=params: m.apply(p, State(), padded.replace(v=v), Ctx(x=x))[0].out)
         a, b = run(v), run(np.where(valid[..., None, None], v, 5.0))
         np.testing.assert_array_equal(a, b)
         low = method.apply(params, State(), make_call(*(t.astype(jnp.bfloat16) for t in (q, k, v))), Ctx(x=x))[0].out
