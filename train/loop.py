@@ -105,7 +105,7 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accum
         params = state["params"]
         loss, metrics, grads = loss_and_gradients(loss_fn, params, batch, key, accumulate=accumulate)
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
-        report = {**metrics, "loss": loss, "grad_norm": optax.global_norm(grads)}
+        report = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
         state = {
             "params": optax.apply_updates(params, updates),
             "optimizer": opt_state,

@@ -113,7 +113,7 @@ def spec(
     """
     if len(shape) != len(axes):
         raise ValueError(f"axes: expected one for each dimension of {tuple(shape)}, got {tuple(axes)}")
-    entries: list[tuple[str, ...] | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and axis not in LOGICAL_AXES:
             raise ValueError(f"axes: expected names among {', '.join(LOGICAL_AXES)}, got {axis!r}")
@@ -123,7 +123,7 @@ def spec(
             if notes is not None:
                 notes.append(f"{axis} = {size} is not a multiple of {' x '.join(names)} = {parts}: kept whole")
             names = ()
-        entries.append(names or None)
+        entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
 
 
