@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.record import Capacity
-from jaxattn.core.select import forbid, gather_tokens, keep_top, per_group, rank_of, scatter_tokens
+from jaxattn.core.select import forbid, gather_tokens, per_group, rank_of, scatter_tokens
+from jaxattn.core.slots import compact
 from jaxattn.core.types import Array, Meta, Tokens, bucket, expect
 
 TEXT, IMAGE, NEWLINE = 0, 1, 2  # values of the label "kind"
@@ -107,7 +108,7 @@ def dispose(tokens: Tokens, keep: Array, rows: int, mode: str = "keep", position
     """Carry out a choice: ``keep`` bool [B, N], at most ``rows`` True per batch row, in the given mode."""
     if mode == "mask":
         return reduce_mask(tokens, keep, positions=positions)
-    index, valid = keep_top(jnp.where(keep, 0.0, -jnp.inf), rows)
+    index, valid = compact(keep, rows)
     return reduce_keep(tokens, index, valid, positions=positions)
 
 
@@ -163,7 +164,7 @@ def fresh(*metas: Meta, start=0) -> tuple[Meta, ...]:
     Several Metas (say of the image rows and of the text rows) are renumbered jointly, so text that follows a pruned
     image moves up. Positions of several axes get the same number on each. Invalid rows are numbered last.
     """
-    b = max(m.pos.shape[0] for m in metas)
+    b = max(x.shape[0] for m in metas for x in (m.pos, m.valid))
     pos = [jnp.broadcast_to(m.pos, (b, m.n)) for m in metas]
     valid = [jnp.broadcast_to(m.valid, (b, m.n)) for m in metas]
     order = jnp.where(jnp.concatenate(valid, 1), jnp.concatenate(pos, 1), jnp.iinfo(jnp.int32).max)

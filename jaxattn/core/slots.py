@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.select import gather_tokens, keep_top
+from jaxattn.core.select import gather_tokens, scatter_tokens
 from jaxattn.core.types import Array, expect
 
 MODES = ("wavg", "mean", "target_plus_mean")
@@ -163,7 +163,12 @@ def windows(grid: tuple[int, int], size: int | tuple[int, int]) -> tuple[np.ndar
 def compact(keep: Array, cap: int):
     """The rows of ``keep`` bool [B, N] in order: index int32 [B, cap] padded with 0, valid bool [B, cap]. Of more than
     ``cap`` rows the first are taken."""
-    return keep_top(jnp.where(keep, 0.0, -jnp.inf), cap)
+    b, n = keep.shape
+    # Counting instead of sorting: a batch split over devices stays split.
+    place = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, cap)
+    rows = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+    valid = jnp.arange(cap) < keep.sum(-1, keepdims=True)
+    return scatter_tokens(jnp.zeros((b, cap), jnp.int32), place, rows), valid
 
 
 __all__ = ["bipartite", "compact", "merge_tokens", "nearest", "slot_sum", "strided", "windows"]

@@ -29,6 +29,7 @@ from jaxattn.core.reduce import (
     valid_rows,
 )
 from jaxattn.core.select import forbid, gather_tokens, keep_top, protect, rank_of, scatter_tokens
+from jaxattn.core.slots import compact
 from jaxattn.core.types import Array, Need, contract, expect, operand
 from jaxattn.registry import register
 
@@ -116,7 +117,7 @@ class _HiPrune:
         always = newline_rows(tokens) if self.newlines else None
         patch = jnp.broadcast_to(jnp.arange(n), (b, n))
         if always is not None:
-            patch = keep_top(jnp.where(always, -jnp.inf, 0.0), m)[0]
+            patch = compact(~always, m)[0]
 
         def by_crop(x):
             return gather_tokens(x, patch).reshape(b * self.crops, -1)

@@ -127,8 +127,8 @@ def test_budgets_in_a_bucket_compile_once():
         counts = [int(apply(factory(keep=k)).meta.valid[0].sum()) for k in (9, 10, 12)]
         assert counts == [9, 10, 12]
         assert run._cache_size() == 1, factory.__name__
-    for a, b in ((tokens.mmtok(9, tau_text=0.1), tokens.mmtok(9, alpha=2)), (tokens.random(9), tokens.random(9, seed=3))):
-        assert split(a)[0] == split(b)[0] and a != b
+    for factory, values in ((tokens.mmtok, {"tau_text": 0.1, "alpha": 2}), (tokens.random, {"seed": 3})):
+        assert split(factory(9))[0] == split(factory(9, **values))[0] and factory(9) != factory(9, **values)
 
 
 def test_records_are_values():
@@ -170,7 +170,8 @@ def test_refused_evidence():
 
 
 def test_uniform_is_even():
-    grid = Tokens(np.zeros((1, 64, 1), np.float32), Meta.of(64, row=np.arange(64)[None] // 8, col=np.arange(64)[None] % 8))
+    place = np.arange(64)[None]
+    grid = Tokens(np.zeros((1, 64, 1), np.float32), Meta.of(64, row=place // 8, col=place % 8))
     for k, cell in ((16, 2), (4, 4)):
         out = apply(tokens.uniform(keep=k), grid)
         index = np.asarray(out.meta.pos)[0][: k]
