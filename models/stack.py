@@ -208,7 +208,8 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         side = _side(program, arrays, here, h, k, v, meta, ctx)
         views: tuple = ()
         if keep_cache and phase != "prefill":
-            views, shared = policy.view(policy_params, cache_state, q if not policy.rotated else q_turned, meta, ctx)
+            q_seen, k_seen = (q_turned, k_turned) if policy.rotated else (q, k)
+            views, shared = policy.view(policy_params, cache_state, q_seen, k_seen, meta, ctx)
             if not policy.rotated:
                 views = tuple(w.replace(k=B.rotate(block, w.k, w.meta)) for w in views)
         call = Call(q_turned, k_turned, v, meta, meta, past=views, key=side, mask=mask, rope=block.rope)

@@ -277,13 +277,14 @@ class CachePolicy(Protocol):
     ``commit`` writes it for all layers at once.
 
     ``rotated``: whether stored keys carry their rotary embedding (False: rotated on read at ``view.meta.rope``).
+    ``view`` gets the new rows' q and k (as they will be stored) and their Meta, and returns Views and ``State.shared``.
     ``positions(params, state, meta, ctx) -> Meta`` (optional) sets the rotary positions of the new rows.
     ``needs()`` (optional): evidence handed to ``pending`` as {"own": [B, H, N], "past": ([B, H, M], ...)} per name.
     """
 
     def init_state(self, spec: Spec) -> State: ...
 
-    def view(self, params: dict, state: State, q: Array, q_meta: Meta, ctx: Ctx) -> tuple[tuple[View, ...], Any]: ...
+    def view(self, params: dict, state: State, q: Array, k: Array, meta: Meta, ctx: Ctx) -> tuple[tuple[View, ...], Any]: ...
 
     def pending(self, params, state, k, v, meta, side, evidence, ctx) -> Any: ...
 
