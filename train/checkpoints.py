@@ -6,8 +6,9 @@ Every leaf's bits are summed before writing and after reading: the storage forma
 flipped byte.
 """
 
+import gc
 import json
-import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import orbax.checkpoint as ocp
 
 from train.sharding import path_name, shardings
 
-log = logging.getLogger(__name__)
 KEEP = 3
 
 
@@ -144,7 +144,7 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             found = self._manager.restore(step, args=args)["record"]
-        except Exception as error:  # orbax has no common class for what damaged files lead to
+        except Exception as error:
             raise CheckpointError(path / "record", "a JSON record", _short(error)) from error
         if not isinstance(found, dict) or found.get("step") != step or "checksums" not in found:
             raise CheckpointError(path / "record", f"a JSON record of step {step}", repr(found)[:80])
@@ -164,8 +164,12 @@ class Checkpoints:
             where = ocp.checkpoint_utils.construct_restore_args(wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=where, partial_restore=True)
             found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        except Exception as error:
-            raise CheckpointError(path / "state", "readable arrays", _short(error)) from error
+            damage = None
+        except Exception as error:  # orbax has no common class for what damaged files lead to
+            damage = _short(error)
+        if damage is not None:
+            _drop_unread()
+            raise CheckpointError(path / "state", "readable arrays", damage)
         for name, total in checksums(found).items():
             if record["checksums"].get(name) != total:
                 raise CheckpointError(
@@ -197,6 +201,15 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _drop_unread() -> None:
+    """Collect the reads that a failed one left behind: each would print its own traceback at some later time."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _short(error: Exception) -> str:

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, mesh: An
     params = shard(params, mesh)
     where = shardings(jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=where)(params)
-    return {"params": params, "optimizer": opt_state, "step": jax.device_put(jnp.int32(0), replicated(mesh))}
+    return {"params": params, "optimizer": opt_state, "step": jax.device_put(np.int32(0), replicated(mesh))}
 
 
 def _record(key, seed, stream, config, mesh) -> dict[str, Any]:
@@ -280,7 +281,9 @@ def fit(
             state, key, notes = _resume(checkpoints, state, key, data_iterator, now)
             done = int(state["step"])
         if mesh is not None:
-            key = jax.device_put(key, replicated(mesh))
+            bits, kind = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
+            everywhere = jax.jit(partial(jax.random.wrap_key_data, impl=kind), out_shardings=replicated(mesh))
+            key = everywhere(bits)
             stack.enter_context(jax.set_mesh(mesh))
         where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
         step_fn = jax.jit(
