@@ -28,30 +28,36 @@ def run(config: Common) -> int:
 
     mesh = config.mesh.make()
     task = tasks.build(config)
-    folder = config.folder
-    result = fit(
-        task.loss_fn,
-        task.params,
-        iter(task.batches),
-        optimizer=config.make_optimizer(),
-        steps=config.steps,
-        mesh=mesh,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        checkpoint_dir=folder / "checkpoints",
-        save_every=config.save_every,
-        keep=config.keep,
-        resume=config.resume,
-        config=config.record(),
-        log_every=config.log_every,
-        metrics_path=folder / "metrics.jsonl",
-        plot_path=folder / "loss.png",
-        eval_fn=task.eval_fn,
-        eval_every=config.eval_every,
-        title=config.task,
-        unit=task.unit,
-    )
-    return INTERRUPTED if result.interrupted else 0
+    params = task.params
+    for stage in task.stages:
+        folder = config.folder / stage.folder
+        names = stage.params or tuple(params)
+        result = fit(
+            stage.loss_fn,
+            {name: params[name] for name in names},
+            iter(stage.batches),
+            optimizer=config.make_optimizer(stage.steps, stage.groups),
+            steps=stage.steps,
+            mesh=mesh,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            checkpoint_dir=folder / "checkpoints",
+            save_every=config.save_every,
+            keep=config.keep,
+            resume=config.resume,
+            config=config.record(),
+            log_every=config.log_every,
+            metrics_path=folder / "metrics.jsonl",
+            plot_path=folder / "loss.png",
+            eval_fn=stage.evaluator(config.eval_batches, mesh),
+            eval_every=config.eval_every,
+            title=f"{config.task} {stage.folder}".strip(),
+            unit=task.unit,
+        )
+        if result.interrupted:
+            return INTERRUPTED
+        params = {**params, **result.params}
+    return 0
 
 
 def main(args: list[str] | None = None) -> int:

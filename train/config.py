@@ -1,6 +1,7 @@
 """The command line: one dataclass per task, every field a flag; what they share comes first."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -84,17 +85,11 @@ class Common:
     def folder(self) -> Path:
         return Path("runs") / self.task if self.out is None else self.out
 
-    @property
-    def rate_groups(self) -> dict[str, float]:
-        """Path prefix -> factor on the learning rate."""
-        return {}
-
-    def make_optimizer(self):
-        if self.warmup > self.steps:
-            raise ValueError(f"warmup: expected at most steps={self.steps}, got {self.warmup}")
-        rate = schedule(self.schedule, self.lr, steps=self.steps, warmup=self.warmup, flat=self.flat)
+    def make_optimizer(self, steps: int, groups: Mapping[str, float] | None = None):
+        """The optimizer of a stage of `steps` steps; a stage shorter than the warm-up rises to its end."""
+        rate = schedule(self.schedule, self.lr, steps=steps, warmup=min(self.warmup, steps), flat=self.flat)
         return make_optimizer(
-            self.optimizer, rate, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip, groups=self.rate_groups
+            self.optimizer, rate, b2=self.b2, weight_decay=self.weight_decay, clip=self.clip, groups=groups
         )
 
     def record(self) -> dict[str, Any]:
@@ -122,6 +117,7 @@ class LM(Common):
     kv_heads: int = 2
     mlp: int = 704
     tied: bool = False
+    qk_norm: bool = False
     attention: str | None = None
     """A method as "name:arg=value,..."; None: dense."""
 
@@ -167,14 +163,19 @@ class VLM(Common):
     vision_lr: float = 0.3
     """Factor on the learning rate of the vision tower."""
     vision_steps: int = 800
-    """Steps of the first stage, in which the vision tower learns alone."""
+    """Steps of a first stage, in which the tower learns alone on crowded scenes; none with own files."""
+    vision_batch: int = 16
     auxiliary: float = 0.3
-    """Weight of the vision losses beside the answers'."""
+    """Weight of the vision losses beside the answers'; none with own files."""
+    scenes: int = 12000
+    """Scenes to train on; the first stage has half as many of its own."""
+    length: int = 128
+    """Tokens of question and answer, with own files."""
+    tokenizer: str = "byte"
+    """byte, or the path of a tokenizer.json; with own files."""
     attention: str | None = None
-    """A method as "name:arg=value,..."; None: dense."""
+    """A method of the language model as "name:arg=value,..."; None: dense."""
     tokens: str | None = None
     """A method that prunes visual tokens while training; None: all are kept."""
-
-    @property
-    def rate_groups(self) -> dict[str, float]:
-        return {"vision": self.vision_lr}
+    tokens_at: str = "vision"
+    """Where it acts: vision, vision.<layer>, project, llm or llm.<layer>."""

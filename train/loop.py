@@ -42,25 +42,6 @@ class Result:
     interrupted: bool
 
 
-def compute_in(loss_fn: LossFn, dtype: Any, *, batch_keys: tuple[str, ...] = ("image",)) -> LossFn:
-    """The loss with float32 parameters, and the batch entries in `batch_keys`, cast to `dtype` on entry.
-
-    Parameters, gradients, optimizer state and whatever the loss accumulates in float32 stay float32.
-    """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: expected a floating type, got {dtype}")
-
-    def cast(x):
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    def wrapped(params, batch, key):
-        batch = {name: cast(x) if name in batch_keys else x for name, x in batch.items()}
-        return loss_fn(jax.tree.map(cast, params), batch, key)
-
-    return wrapped
-
-
 def loss_and_gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, *, accumulate: int = 1):
     """(loss, metrics, gradients) of a batch, in `accumulate` parts one after another to save memory.
 

@@ -28,9 +28,9 @@ MIX = (("presence", 3), ("place", 3), ("count", 1), ("compare", 1), ("reading", 
 
 def scene_config(vocab: int, *, canvas: int = 96, patch: int = 8, vision_dim: int = 64, vision_layers: int = 3,
                  vision_heads: int = 4, dim: int = 96, n_layers: int = 3, heads: int = 4, kv_heads: int | None = None,
-                 hidden: int = 256) -> vlm.VLMConfig:  # fmt: skip
+                 hidden: int = 256, channels: int = 1) -> vlm.VLMConfig:  # fmt: skip
     """About 0.6 M parameters at the defaults: 144 visual tokens of overlapping 16 x 16 windows, a 3-layer language model."""
-    tower = vit.config(canvas, patch, vision_layers, vision_dim, vision_heads, channels=1, stem=2 * patch, stem_hidden=128,
+    tower = vit.config(canvas, patch, vision_layers, vision_dim, vision_heads, channels=channels, stem=2 * patch, stem_hidden=128,
                        pos_scale=0.5, activation="gelu_tanh")  # fmt: skip
     language = llm.config(vocab, n_layers, dim, heads, kv_heads=kv_heads, hidden=hidden, base=1000.0, length=256)
     return vlm.VLMConfig(tower, language, 2 * dim, select=-2, projector_norm=True, position=True)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.train import standin
 from train.checkpoints import CheckpointError, Checkpoints, load_params
-from train.loop import compute_in, fit, loss_and_gradients
+from train.loop import fit, loss_and_gradients
 from train.optim import make_optimizer, schedule
 from train.progress import Metrics, plot_curve, read_metrics
 from train.sharding import make_mesh, path_name
@@ -128,22 +128,6 @@ def test_accumulated_parts_are_the_big_batch():
         np.testing.assert_allclose(b, a, atol=1e-6, err_msg=path_name(path))
     with pytest.raises(ValueError, match="accumulate: expected a divisor of the batch of 8, got 3"):
         loss_and_gradients(quiet_loss, PARAMS, batch, key, accumulate=3)
-
-
-def test_bfloat16_computes_in_half_and_keeps_float32():
-    seen = {}
-
-    def loss_fn(params, batch, key):
-        seen.update(params=params["head"]["kernel"].dtype, image=batch["image"].dtype, mask=batch["loss_mask"].dtype)
-        return standin.loss_fn(params, batch, key)
-
-    batch = {**next(standin.Stream()), "image": np.ones((8, 2), np.float32)}
-    half, key = compute_in(loss_fn, "bfloat16"), jax.random.key(0)
-    loss, _, grads = jax.jit(lambda b: loss_and_gradients(half, PARAMS, b, key))(batch)
-    assert seen == {"params": jnp.bfloat16, "image": jnp.bfloat16, "mask": jnp.float32}
-    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")} and loss.dtype == jnp.float32
-    exact = jax.jit(lambda b: standin.loss_fn(PARAMS, b, key)[0])(batch)
-    assert 0 < abs(float(loss) - float(exact)) < 0.05
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(tmp_path):

@@ -1,0 +1,207 @@
+"""What each command trains: data, model, losses and scores, in one stage or two.
+
+    task = build(LM(steps=100))
+    for stage in task.stages: ...   # `python -m train` runs `fit` on each, in order
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.bind import Bound
+from models.language import llm
+from models.multimodal import vlm
+from models.vision import vit
+from train import scenes
+from train.config import LM, VLM, Common, ViT
+from train.data import Batches, SceneConfig, lm_dataset, vit_dataset, vlm_dataset
+from train.loop import LossFn
+from train.sharding import shard_batch
+
+SOCKETS = "sockets"  # entry of the parameters for what bound methods train; absent where they train nothing
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of `fit`. params: the entries of the task's parameters that it trains (None: all); score: numbers of
+    an evaluation beyond the loss; folder: below that of the run, "" for the last stage."""
+
+    loss_fn: LossFn
+    batches: Batches
+    held_out: Batches
+    steps: int
+    folder: str = ""
+    params: tuple[str, ...] | None = None
+    groups: dict[str, float] = field(default_factory=dict)
+    score: Callable[[Any, Iterator], dict[str, float]] | None = None
+
+    def evaluator(self, count: int, mesh: Any = None):
+        """eval_fn for `fit`: mean loss and metrics over `count` held-out batches."""
+        count = max(1, min(count, self.held_out.size // self.held_out.batch_size))
+
+        @jax.jit
+        def one(params, batch):
+            loss, metrics = self.loss_fn(params, batch, jax.random.key(0))
+            return {"loss": loss, **metrics}
+
+        def evaluate(params, step):
+            total: dict[str, float] = {}
+            for batch in islice(iter(self.held_out), count):
+                values = jax.device_get(one(params, batch if mesh is None else shard_batch(batch, mesh)))
+                weight = float(values.pop("weight", 1.0))
+                for name, value in {**values, "weight": 1.0}.items():
+                    total[name] = total.get(name, 0.0) + weight * float(value)
+            weight = total.pop("weight") or 1.0
+            result = {name: value / weight for name, value in total.items()}
+            # Scores read predictions on the host, which a lone process has not all of.
+            if self.score is not None and jax.process_count() == 1:
+                result |= self.score(params, islice(iter(self.held_out), count))
+            return result
+
+        return evaluate
+
+
+@dataclass(frozen=True)
+class Task:
+    """model: the static configuration; bound: the model with its sockets and no parameters; unit: what is counted per
+    second."""
+
+    model: Any
+    bound: Bound
+    params: Any
+    stages: tuple[Stage, ...]
+    unit: str = "tokens"
+
+
+def with_params(bound: Bound, params: Any) -> Bound:
+    """The bound model with the parameters of a task or a checkpoint: its own, and those of its sockets."""
+    params = dict(params)
+    trained = params.pop(SOCKETS, None)
+    arrays = bound.arrays if trained is None else {**bound.arrays, "trained": trained}
+    return Bound(bound.program, arrays, params)
+
+
+def _params(bound: Bound, params: dict) -> dict:
+    trained = bound.arrays["trained"]
+    return {**params, SOCKETS: trained} if jax.tree.leaves(trained) else params
+
+
+def _dtype(config: Common):
+    return jnp.bfloat16 if config.dtype == "bfloat16" else None
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+
+
+def _streams(dataset: Callable[..., Batches], config: Common, **kwargs) -> tuple[Batches, Batches]:
+    """(training, held out)."""
+    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    kwargs = {"batch_size": config.batch, "seed": config.seed, **where, **kwargs}
+    train = dataset(config.data, split="train", **kwargs)
+    return train, dataset(config.data, split="validation", **{**kwargs, "shuffle": False})
+
+
+def language_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None):
+    """(loss, metrics): cross-entropy of the next token over the targets that count."""
+    meta, mask = llm.record_meta(batch)
+    out = llm.forward(with_params(bound, params), batch["tokens"], meta=meta, mask=mask, dtype=dtype, key=key)
+    weight = batch["loss_mask"]
+    nll = optax.softmax_cross_entropy_with_integer_labels(out.logits.astype(jnp.float32), batch["targets"])
+    hit = (out.logits.argmax(-1) == batch["targets"]).astype(jnp.float32)
+    return _mean(nll, weight), {"accuracy": _mean(hit, weight), "weight": weight.sum()}
+
+
+def class_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None):
+    """(loss, metrics): cross-entropy of the image's class."""
+    logits = vit.forward(with_params(bound, params), batch["image"], dtype=dtype, key=key).logits
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return nll.mean(), {"accuracy": (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)}
+
+
+def language(config: LM) -> Task:
+    train, held_out = _streams(
+        lm_dataset, config, length=config.length, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+        cache=config.folder,
+    )  # fmt: skip
+    model = llm.config(
+        train.info["vocab_size"], config.layers, config.dim, config.heads, kv_heads=config.kv_heads,
+        hidden=config.mlp, tie=config.tied, length=config.length, qk_norm=config.qk_norm,
+    )  # fmt: skip
+    bound = llm.bind(model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
+
+    def loss_fn(params, batch, key):
+        return language_loss(bound, params, batch, key, dtype=_dtype(config))
+
+    stage = Stage(loss_fn, train, held_out, config.steps)
+    return Task(model, bound, _params(bound, llm.init(model, config.seed)), (stage,))
+
+
+def vision(config: ViT) -> Task:
+    train, held_out = _streams(vit_dataset, config, size=config.size)
+    info = train.info
+    model = vit.config(
+        config.size, config.patch, config.layers, config.dim, config.heads, channels=info["channels"],
+        hidden=config.mlp, classes=len(info["classes"]),
+    )  # fmt: skip
+    bound = vit.bind(model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
+
+    def loss_fn(params, batch, key):
+        return class_loss(bound, params, batch, key, dtype=_dtype(config))
+
+    stage = Stage(loss_fn, train, held_out, config.steps)
+    return Task(model, bound, _params(bound, vit.init(model, config.seed)), (stage,), unit="images")
+
+
+def multimodal(config: VLM) -> Task:
+    own = config.data is not None
+    if own:
+        data = {"size": config.size, "length": config.length, "tokenizer": config.tokenizer}
+    else:
+        geometry = SceneConfig(canvas=config.size, patch=config.patch)
+        data = {"config": geometry, "mix": scenes.MIX, "count": config.scenes}
+    train, held_out = _streams(vlm_dataset, config, **data)
+    model = scenes.scene_config(
+        train.info["vocab_size"], canvas=config.size, patch=config.patch, vision_dim=config.vision_dim,
+        vision_layers=config.vision_layers, vision_heads=config.vision_heads, dim=config.dim,
+        n_layers=config.layers, heads=config.heads, kv_heads=config.kv_heads, hidden=config.mlp,
+        channels=train.info["channels"],
+    )  # fmt: skip
+    bound = vlm.bind(
+        model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed),
+        reduce={config.tokens_at: config.tokens} if config.tokens else None,
+    )  # fmt: skip
+    auxiliary = 0.0 if own else config.auxiliary
+
+    def joint(params, batch, key):
+        ready = with_params(bound, params)
+        return scenes.joint_loss(ready, ready.params, batch, key, auxiliary=auxiliary, dtype=_dtype(config))
+
+    def tower(params, batch, key):
+        return scenes.vision_loss(bound, params, batch, key, dtype=_dtype(config))
+
+    def score(params, batches):
+        found = scenes.evaluate(with_params(bound, params), batches)
+        return {**found["accuracy"], "yes_recall": found["yes_recall"], "no_recall": found["no_recall"]}
+
+    groups = {"vision": config.vision_lr}
+    stages = [Stage(joint, train, held_out, config.steps, groups=groups, score=None if own else score)]
+    if config.vision_steps and not own:
+        crowded = {"config": geometry.dense(), "mix": (), "count": max(1, config.scenes // 2)}
+        alone = _streams(vlm_dataset, config, **crowded, batch_size=config.vision_batch, scene_seed=1)
+        stages.insert(0, Stage(tower, *alone, config.vision_steps, folder="vision", params=("vision", "aux")))
+    params = vlm.init(model, config.seed) if own else scenes.init(model, config.seed)
+    return Task(model, bound, _params(bound, params), tuple(stages), unit="images")
+
+
+def build(config: Common) -> Task:
+    """The task that a command-line configuration describes."""
+    makers = {LM: language, ViT: vision, VLM: multimodal}
+    if type(config) not in makers:
+        raise ValueError(f"config: expected one of LM, ViT and VLM, got {type(config).__name__}")
+    return makers[type(config)](config)
