@@ -221,7 +221,7 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         for i, steer in enumerate(program.steering):
             if hasattr(steer, "heads"):
                 name = f"steering.{i}"
-                out, here[name] = steer.heads(params_of(arrays, name), here[name], out, ctx)
+                out, here[name] = steer.heads(params_of(arrays, name), here[name], out, meta, ctx)
         for need in needs:
             at = int(need.at.rsplit(".", 1)[1])
             ask = lambda need=need: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence)  # noqa: E731

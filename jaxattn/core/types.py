@@ -295,7 +295,7 @@ class CachePolicy(Protocol):
 class Steering(Protocol):
     """Edits of what a trained layer computes; every member is optional and absent where untouched:
     ``side(params, state, meta, ctx) -> {name: rows}`` per-key facts frozen beside the cache (found at prefill);
-    ``call(params, state, call, ctx) -> Call``; ``heads(params, state, out [B, N, H, Dv], ctx) -> (out, State)``;
+    ``call(params, state, call, ctx) -> Call``; ``heads(params, state, out [B, N, H, Dv], meta, ctx) -> (out, State)``;
     ``hidden(params, state, x, ctx) -> x`` on the block's output;
     ``paired = True``: the batch is doubled, its second half without image rows; ``init_state(spec)``."""
 
