@@ -17,12 +17,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.core.labels import KIND_NEWLINE
 from jaxattn.core.record import Capacity
 from jaxattn.core.select import forbid, gather_tokens, per_group, rank_of, scatter_tokens
 from jaxattn.core.slots import compact
 from jaxattn.core.types import Array, Meta, Tokens, bucket, expect
 
-TEXT, IMAGE, NEWLINE = 0, 1, 2  # values of the label "kind"
 MODES = ("keep", "mask")
 POSITIONS = ("original", "fresh")
 
@@ -79,8 +79,8 @@ def label(tokens: Tokens, name: str) -> Array:
 
 
 def newline_rows(tokens: Tokens) -> Array:
-    """bool [B, N]: rows that end a line of patches (label "kind" == NEWLINE); they survive every budget."""
-    return label(tokens, "kind") == NEWLINE
+    """bool [B, N]: rows that end a line of patches (label "kind" == KIND_NEWLINE); they survive every budget."""
+    return label(tokens, "kind") == KIND_NEWLINE
 
 
 def choose(scores: Array, count, valid: Array, *, always: Array | None = None, crop: Array | None = None,
@@ -197,6 +197,6 @@ def _compose(slot: Array | None, went: Array) -> Array:
 
 
 __all__ = [
-    "IMAGE", "NEWLINE", "TEXT", "check_budget", "choose", "count_of", "dispose", "evidence_rows", "fresh", "label",
+    "check_budget", "choose", "count_of", "dispose", "evidence_rows", "fresh", "label",
     "newline_rows", "reduce_keep", "reduce_mask", "reduce_merge", "rows_left", "valid_rows",
 ]  # fmt: skip

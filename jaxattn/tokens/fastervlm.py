@@ -71,7 +71,7 @@ def fastervlm(keep: int, layer: int = -2, crops: int = 1, newlines: int = 0, mod
     Args:
       keep: image tokens per image, all crops together.  layer: of the vision tower, from the end if negative.
       crops: number of crops; above 1, rows carry the label "crop" in [0, crops) and each crop keeps ``keep // crops``.
-      newlines: rows labelled ``kind == NEWLINE``; they are kept besides ``keep``.
+      newlines: rows labelled ``kind == KIND_NEWLINE``; they are kept besides ``keep``.
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh" (see ``core.reduce``).
     """  # fmt: skip
     return _FasterVLM(keep, layer, crops, newlines, mode, positions)

@@ -141,7 +141,7 @@ def hiprune(keep: int, alpha: float = 0.1, middle: int | None = None, deep: int 
       middle, deep: layers of the vision tower; ``middle=None`` is 3/8 of the depth (the 9th of CLIP-L's 24 layers).
       width: patches per line; None for square images (or crops).
       crops: crops of equal size, their patches one after the other; each keeps ``keep // crops``.
-      newlines: rows labelled ``kind == NEWLINE``; they are kept besides ``keep``.
+      newlines: rows labelled ``kind == KIND_NEWLINE``; they are kept besides ``keep``.
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh" (see ``core.reduce``).
     """  # fmt: skip
     return _HiPrune(keep, alpha, middle, deep, width, crops, newlines, mode, positions)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxattn import registry, tokens
-from jaxattn.core.reduce import NEWLINE
+from jaxattn.core.labels import KIND_NEWLINE
 from jaxattn.core.types import Ctx, Meta, State, Tokens, split
 
 B, H, C, T, SIDE = 3, 2, 6, 5, 6
@@ -205,7 +205,7 @@ def test_random_draws():
 def test_crops_and_newlines():
     """Two crops with a newline after each line: equal shares, newlines kept besides."""
     crop, line, width = 2, 3, 4
-    kind = np.tile(np.r_[np.ones(width - 1, int), NEWLINE], crop * line)[None]
+    kind = np.tile(np.r_[np.ones(width - 1, int), KIND_NEWLINE], crop * line)[None]
     which = np.repeat(np.arange(crop), line * width)[None]
     n = kind.shape[1]
     tok = Tokens(RNG.normal(size=(B, n, C)).astype(np.float32), Meta.of(n, kind=kind, crop=which))
@@ -214,10 +214,10 @@ def test_crops_and_newlines():
         assert record.rows(n) == 8 + 6
         score = facts["cls" if "Faster" in type(record).__name__ else "deep"]
         for b, index in enumerate(kept(record, tok, facts)):
-            assert (kind[0, index] == NEWLINE).sum() == 6
-            patches = index[kind[0, index] != NEWLINE]
+            assert (kind[0, index] == KIND_NEWLINE).sum() == 6
+            patches = index[kind[0, index] != KIND_NEWLINE]
             for c in range(crop):
-                own = np.flatnonzero((which[0] == c) & (kind[0] != NEWLINE))
+                own = np.flatnonzero((which[0] == c) & (kind[0] != KIND_NEWLINE))
                 best = np.sort(own[np.argsort(-score[b, own], kind="stable")[:4]])
                 np.testing.assert_array_equal(patches[which[0, patches] == c], best)
 
