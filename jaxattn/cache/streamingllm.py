@@ -1,0 +1,89 @@
+"""StreamingLLM: the first tokens and the last ones, numbered by their place in the cache.
+
+"Efficient Streaming Language Models with Attention Sinks" (arXiv:2309.17453).
+
+A window alone breaks a language model when its first tokens leave: they carry much attention, whatever they say
+(attention sinks). Keeping four of them and the ``recent`` last tokens keeps the model stable without end. Keys are
+stored before rotation and rotated on read at their rank in the cache, so no position ever exceeds its size and the
+positions of the text do not matter. A step attends to the whole cache and itself; the eviction follows.
+
+The paper's two variants of pre-training need nothing here: a learnable sink token is a token put before every sample
+(then ``start=1``), and the zero sink (softmax-off-by-one) is a Call with ``sink_logit=0``.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxattn.core import cache
+from jaxattn.core.types import Meta, Spec, State, contract, expect, operand
+from jaxattn.registry import register
+
+
+@register("cache")
+def streamingllm(start=4, recent=512) -> StreamingLLM:
+    """Keep the ``start`` first and the ``recent`` last rows; rows of padding count nowhere.
+
+    Args:
+      start: sinks that are never evicted.  recent: rows of the window; another number of the same bucket compiles nothing.
+    """
+    return StreamingLLM(start, recent)
+
+
+@contract
+class StreamingLLM:
+    start: int = 4
+    recent: int = operand("budget", 512)
+
+    rotated = False
+
+    def check(self):
+        expect("start", self.start, "at least 0", self.start >= 0)
+        expect("recent", self.recent, "at least 1", not isinstance(self.recent, int) or self.recent >= 1)
+
+    def init_state(self, spec: Spec) -> State:
+        width = min(self.start + int(self.recent), spec.length)
+        return State(cache.empty(spec, width, stats={"rank": jnp.int32}))
+
+    def positions(self, params, state, meta: Meta, ctx) -> Meta:
+        return meta.replace(rope=cache.next_ranks(state.layer, meta))
+
+    def view(self, params, state, q, k, meta, ctx):
+        return (cache.view_of(state.layer, rope=state.layer.stats["rank"]),), state.shared
+
+    def pending(self, params, state, k, v, meta, side, evidence, ctx):
+        slots, limit = state.layer, self.start + params["recent"]
+        if ctx.phase == "decode":
+            rank = slots.stats["rank"]
+            last = cache.count(slots)[..., None]  # rank of the new row, which leaves only if everything older must stay
+            score = jnp.where(jnp.concatenate([rank, last], -1) < self.start, jnp.inf, jnp.concatenate([rank, last], -1))
+            return cache.swap(slots, cache.rows_of(k, v, meta, side), score, limit)
+        rank = cache.rank_in_time(jnp.asarray(meta.pos), jnp.asarray(meta.valid))
+        rank = jnp.broadcast_to(rank, (k.shape[0], k.shape[1]))[:, None]
+        if ctx.phase != "prefill":
+            rank = jnp.where(rank < 0, -1, rank + cache.count(slots)[..., None])
+        rows = cache.rows_of(k, v, meta, side, rank=rank)
+        rows = rows if ctx.phase == "prefill" else cache.join(slots, rows)
+        rank = rows.stats["rank"]
+        return cache.Whole(cache.compact(rows, jnp.where(rank < self.start, jnp.inf, rank), slots.width, limit))
+
+    def commit(self, params, state, pending) -> State:
+        return state.replace(layer=cache.commit(state.layer, pending))
+
+
+def evict_for_space(state: State, coming: int, *, start: int = 4, recent: int = 512) -> State:
+    """The cache with room for ``coming`` rows (a chat turn and its answer), so that the turn sees one unbroken window:
+    keeps the first ``start`` and the last ``recent - coming`` rows if more than ``start + recent`` would stand.
+
+    ``state``: between steps, leaves [L, ...]."""
+    expect("coming", coming, f"between 0 and recent, {recent}", 0 <= coming <= recent)
+    rank, n = state.layer.stats["rank"], cache.count(state.layer)[..., None]
+    gone = (n + coming > start + recent) & (rank >= start) & (rank < n - recent + coming)
+    return state.replace(layer=cache.drop(state.layer, gone))
+
+
+def evict_range(state: State, first: int, stop: int) -> State:
+    """The cache without the rows whose rank in it is in [first, stop). ``state`` as in ``evict_for_space``."""
+    expect("stop", stop, f"at least first, {first}", 0 <= first <= stop)
+    rank = state.layer.stats["rank"]
+    return state.replace(layer=cache.drop(state.layer, (rank >= first) & (rank < stop)))
