@@ -1,9 +1,16 @@
-"""Token transforms: which rows of the residual stream go on."""
+"""Token transforms: which rows of the residual stream go on.
 
-from jaxattn.tokens.aim import aim, aim_merge
+Factories return records for a model's ``reduce`` socket; the functions beside them choose alike on plain arrays.
+"""
+
+from jaxattn.tokens.aim import aim, aim_merge, aim_merge_tokens, pagerank_importance
 from jaxattn.tokens.baselines import mean_pool, random, uniform
-from jaxattn.tokens.fastervlm import fastervlm
-from jaxattn.tokens.hiprune import hiprune
-from jaxattn.tokens.mmtok import mmtok
+from jaxattn.tokens.fastervlm import fastervlm, fastervlm_scores
+from jaxattn.tokens.hiprune import hiprune, hiprune_scores, hiprune_select
+from jaxattn.tokens.mmtok import content_mask, content_words, mmtok, mmtok_coverage, mmtok_picks, mmtok_select
 
-__all__ = ["aim", "aim_merge", "fastervlm", "hiprune", "mean_pool", "mmtok", "random", "uniform"]
+__all__ = [
+    "aim", "aim_merge", "aim_merge_tokens", "content_mask", "content_words", "fastervlm", "fastervlm_scores", "hiprune",
+    "hiprune_scores", "hiprune_select", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
+    "pagerank_importance", "random", "uniform",
+]  # fmt: skip

@@ -17,6 +17,7 @@ counted from 0.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxattn.core.reduce import (
@@ -154,7 +155,7 @@ class _AimMerge:
         index = jnp.broadcast_to(jnp.arange(each), valid.shape)
         slot = jnp.where(valid, index, -1)
         for r in self.passes(each):
-            step, order = bipartite(x, r, valid=valid)
+            step, order = bipartite(jax.lax.stop_gradient(x), r, valid=valid)
             index, valid = gather_tokens(index, order), gather_tokens(valid, order)
             x = merge_tokens(x, step, x.shape[1] - r, mode="mean")
             slot = jnp.where(slot >= 0, jnp.take_along_axis(step, jnp.maximum(slot, 0), axis=1), -1)

@@ -70,7 +70,8 @@ def mmtok_coverage(text: Array, vision: Array, features: Array, *, tau_text=0.02
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
     def cover(a, b, tau, live):
-        p = jax.nn.softmax(unit(a) @ unit(b).T / tau, axis=-1, where=valid)
+        # The default precision of some devices is too coarse for exponents of 1 / 0.02.
+        p = jax.nn.softmax(jnp.matmul(unit(a), unit(b).T, precision="highest") / tau, axis=-1, where=valid)
         return jnp.where(live[:, None] & valid, p, 0) / jnp.maximum(live.sum(), 1)
 
     return jnp.concatenate([cover(text, vision, tau_text, text_valid),
@@ -146,7 +147,9 @@ class _MMTok:
             picks = jnp.where(jnp.arange(k) < count, picks, n)
             return jnp.zeros(n, bool).at[picks].set(True, mode="drop") & valid
 
-        keep = jax.vmap(one)(words, tokens.x, features, wanted, valid)
+        # Only numbers of rows leave: no gradient to carry through k steps.
+        words, x, features = jax.lax.stop_gradient((words, tokens.x, features))
+        keep = jax.vmap(one)(words, x, features, wanted, valid)
         return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {}
 
 

@@ -222,9 +222,27 @@ def test_crops_and_newlines():
                 np.testing.assert_array_equal(patches[which[0, patches] == c], best)
 
 
-def test_gradients_reach_kept_rows_only():
-    program, params = split(tokens.fastervlm(keep=8))
-    grad = jax.grad(lambda x: jnp.sum(run(program, params, rows_of(x), EVIDENCE).x ** 2))(jnp.asarray(X))
-    for b, index in enumerate(kept(tokens.fastervlm(keep=8))):
-        np.testing.assert_allclose(grad[b, index], 2 * X[b, index], rtol=1e-6)
-        assert not np.delete(np.asarray(grad[b]), index, 0).any()
+def test_gradients():
+    """They reach the rows that stay, and only those; a row of zeros harms nobody."""
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(program, params, x):
+        return jax.grad(lambda x: jnp.sum(run(program, params, rows_of(x), EVIDENCE).x[:, :8] ** 2))(x)
+
+    for factory in (tokens.fastervlm, tokens.mmtok):
+        x = np.where(np.arange(N)[:, None] == 4, 0, X)
+        grad = np.asarray(gradient(*split(factory(keep=8)), x))
+        for b, index in enumerate(kept(factory(keep=8), rows_of(x))):
+            np.testing.assert_allclose(grad[b, index], 2 * x[b, index], rtol=1e-6)
+            assert not np.delete(grad[b], index, 0).any()
+    for record in (tokens.aim_merge(), tokens.mean_pool(keep=8)):
+        grad = np.asarray(gradient(*split(record), x))
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+
+
+def test_low_precision_rows():
+    """bfloat16 rows stay bfloat16; scores are made in float32, so the choice is that of the same numbers in float32."""
+    low = jnp.asarray(X, jnp.bfloat16)
+    a, b = (apply(tokens.mmtok(keep=10), rows_of(x)) for x in (low, low.astype(jnp.float32)))
+    assert a.x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(a.slot, b.slot)
