@@ -188,7 +188,7 @@ class Checkpoints:
     def _compare(self, step: int, path: Path, wanted: Mapping[str, Any]) -> None:
         saved = _layout({name: tree for name, tree in self._saved(step, path).items() if name in wanted})
         expected = _layout(wanted)
-        for name in sorted(expected.keys() | saved.keys()):
+        for name in sorted(expected.keys() | saved.keys(), key=lambda name: (not name.startswith("params/"), name)):
             if expected.get(name) != saved.get(name):
                 raise CheckpointError(
                     path, f"{name} {expected.get(name, 'absent')}", f"{saved.get(name, 'nothing of that name')}"

@@ -45,7 +45,8 @@ class Show:
         pace = (now - then) / max(done - before, 1)
         rate = amount / max(pace, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        text = f"{done}/{self.steps}  {shown}  {rate:,.0f} {self.unit}/s  left {clock(pace * (self.steps - done))}"
+        figure = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        text = f"{done}/{self.steps}  {shown}  {figure} {self.unit}/s  left {clock(pace * (self.steps - done))}"
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
         elif not self.quiet:

@@ -99,12 +99,12 @@ def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
-def _streams(dataset: Callable[..., Batches], config: Common, **kwargs) -> tuple[Batches, Batches]:
+def _streams(dataset: Callable[..., Batches], run: Common, /, **kwargs) -> tuple[Batches, Batches]:
     """(training, held out)."""
     where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    kwargs = {"batch_size": config.batch, "seed": config.seed, **where, **kwargs}
-    train = dataset(config.data, split="train", **kwargs)
-    return train, dataset(config.data, split="validation", **{**kwargs, "shuffle": False})
+    kwargs = {"batch_size": run.batch, "seed": run.seed, **where, **kwargs}
+    train = dataset(run.data, split="train", **kwargs)
+    return train, dataset(run.data, split="validation", **{**kwargs, "shuffle": False})
 
 
 def language_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None):

@@ -1,6 +1,6 @@
 """A model with the parameter names of the language model and a tenth of its mathematics, and a stream for it.
 
-Run as a program it trains, so that tests can kill it, start it twice, or give it other devices.
+Run as a program it trains, so that a test can kill it.
 """
 
 import argparse
@@ -69,12 +69,10 @@ def loss_fn(params, batch, key, *, noise: float = 0.02):
 
 
 class Stream:
-    """Batch n is a function of seed and n; every process takes its rows of it."""
+    """Batch n is a function of seed and n; so is what comes after a state."""
 
-    def __init__(self, batch: int = 8, *, seed: int = 0, process: int = 0, processes: int = 1, sleep: float = 0.0):
+    def __init__(self, batch: int = 8, *, seed: int = 0, sleep: float = 0.0):
         self.batch, self.seed, self.at, self.sleep = batch, seed, 0, sleep
-        rows = batch // processes
-        self.rows = slice(process * rows, (process + 1) * rows)
 
     def __iter__(self):
         return self
@@ -86,8 +84,7 @@ class Stream:
         start, step = rng.integers(V, size=(2, self.batch, 1))
         tokens = ((start + step * np.arange(T + 1)) % V).astype(np.int32)
         mask = (rng.random((self.batch, T)) < 0.8).astype(np.float32)
-        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
-        return {name: x[self.rows] for name, x in batch.items()}
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
 
     def get_state(self):
         return {"at": self.at}
@@ -97,32 +94,21 @@ class Stream:
 
 
 def main():
-    from train import backend
     from train.loop import INTERRUPTED, fit
     from train.optim import make_optimizer, schedule
-    from train.sharding import make_mesh
 
     flags = argparse.ArgumentParser()
     flags.add_argument("out", type=Path)
     flags.add_argument("--steps", type=int, default=20)
     flags.add_argument("--save-every", type=int, default=1000)
     flags.add_argument("--sleep", type=float, default=0.0)
-    flags.add_argument("--devices", type=int)
-    flags.add_argument("--mesh", action="store_true")
-    flags.add_argument("--coordinator")
-    flags.add_argument("--processes", type=int, default=1)
-    flags.add_argument("--process", type=int, default=0)
     a = flags.parse_args()
-    backend.start(
-        devices=a.devices, coordinator=a.coordinator, num_processes=a.processes, process_id=a.process
-    )
     result = fit(
         loss_fn,
         init(),
-        Stream(process=a.process, processes=a.processes, sleep=a.sleep),
+        Stream(sleep=a.sleep),
         optimizer=make_optimizer("muon", schedule("wsd", 0.02, steps=a.steps, warmup=3), weight_decay=0.01),
         steps=a.steps,
-        mesh=make_mesh() if a.mesh else None,
         checkpoint_dir=a.out / "checkpoints",
         save_every=a.save_every,
         keep=2,

@@ -18,10 +18,10 @@ from train.progress import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def start(out, *flags):
+def start(out, *flags, program=("tests.train.standin",)):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "tests.train.standin", str(out), *map(str, flags)]
+    command = [sys.executable, "-m", *program, str(out), *map(str, flags)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -66,25 +66,33 @@ def test_kill_in_mid_training_then_resume_continues_the_curve_exactly(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_the_language_model_as_one(tmp_path):
+    source = "".join(f"def f{n}(x):\n    return x + {n * n}\n" for n in range(200))
+    (tmp_path / "source.py").write_text(source)
+    sizes = "--batch 8 --length 32 --dim 16 --layers 2 --heads 2 --kv-heads 1 --mlp 32"
+    run = f"--data {tmp_path / 'source.py'} {sizes} --log-every 1 --eval-batches 2 --save-every 4".split()
+    program = ("train", "lm", "--out")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    alone = start(tmp_path / "one", "--steps", 8)
-    shared = ["--mesh", "--coordinator", address, "--processes", 2, "--save-every", 4, "--steps", 8]
-    both = [start(tmp_path / "two", *shared, "--devices", 1, "--process", n) for n in range(2)]
+    hosts = f"--hosts.coordinator {address} --hosts.num-processes 2 --hosts.process-id".split()
+    alone = start(tmp_path / "one", *run, "--steps", 8, program=program)
+    both = [start(tmp_path / "two", *run, "--steps", 8, *hosts, n, program=program) for n in range(2)]
     finish(alone, *both)
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    np.testing.assert_allclose([r[1] for r in two], [r[1] for r in one], rtol=1e-6)
-    np.testing.assert_allclose([r[2] for r in two], [r[2] for r in one], rtol=1e-5)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in two] == list(range(1, 9)) and two[-1]["loss"] < 0.9 * two[0]["loss"]
+    for name, rtol in {"loss": 1e-6, "weight": 0, "grad_norm": 1e-5}.items():
+        np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=rtol, err_msg=name)
+    np.testing.assert_allclose(two[-1]["eval/loss"], one[-1]["eval/loss"], rtol=1e-5)
     with Checkpoints(tmp_path / "two" / "checkpoints", keep=None) as checkpoints:
         record = checkpoints.record()
-        assert checkpoints.steps == [4, 8]
+        assert checkpoints.steps == [4, 8] and record["config"]["dim"] == 16
         assert record["devices"] == {"platform": "cpu", "used": 2, "local": 1, "processes": 2}
-    resumed = start(tmp_path / "two", "--steps", 10)  # by a single process on a single device
+    resumed = start(tmp_path / "two", *run, "--steps", 10, program=program)  # one process, one device
     output, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, output
-    assert "used 2 -> 1, processes 2 -> 1" in output and len(losses(tmp_path / "two")) == 10
+    assert "used 2 -> 1, processes 2 -> 1" in output
+    assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == 10
 
 
 def test_refusals_before_jax_starts():
