@@ -24,7 +24,7 @@ RECEIVED = Need("received", what="received", at="llm.*", rows="all", over_heads=
 
 @register("cache")
 def h2o(budget=256, recent=256, *, positions="true") -> H2O:
-    """Heavy hitters and recent tokens, evicted for real: a prompt once, then one row per step, whose slot the new row takes.
+    """Heavy hitters and recent tokens; after the prompt one row leaves per step and the new one takes its slot.
 
     Args:
       budget: heavy hitters to keep; 0 leaves a sliding window.  recent: last rows to keep; 0 leaves the heavy hitters.
@@ -41,8 +41,8 @@ def h2o_mask(budget=256, recent=256) -> H2OMask:
     """The authors' simulation of H2O for studies of accuracy: nothing is evicted, a mask hides what would be.
 
     Its rule differs from the real eviction in ways that are kept: a row just leaving the window is hidden for one step
-    before it is a candidate, and a hidden row loses its score but may return. ``budget`` and ``recent`` are the released
-    ratios times the length of the prompt."""
+    before it is a candidate, and a hidden row loses its score but may return. ``budget`` and ``recent`` are the
+    released ratios times the length of the prompt."""
     return H2OMask(budget, recent)
 
 
@@ -86,7 +86,7 @@ class H2O:
         return State(cache.empty(spec, width, per_head=True, stats={"rank": jnp.int32, "acc": _acc(spec)}))
 
     def positions(self, params, state, meta: Meta, ctx) -> Meta:
-        return meta.replace(rope=cache.next_ranks(state.layer, meta)) if self.ranked else meta
+        return meta.replace(rope=jnp.maximum(cache.next_ranks(state.layer, meta), 0)) if self.ranked else meta
 
     def view(self, params, state, q, k, meta, ctx):
         rope = state.layer.stats["rank"] if self.ranked else None
@@ -104,10 +104,7 @@ class H2O:
             score = jnp.concatenate([acc, own], -1)
             score = jnp.where(rank < last + rows.meta.valid - recent, score, jnp.inf)
             return cache.swap(slots, rows, score, limit, acc=(acc, own[..., 0]))
-        rank = cache.rank_in_time(jnp.asarray(meta.pos), jnp.asarray(meta.valid))
-        rank = jnp.broadcast_to(rank[:, None], own.shape)
-        if ctx.phase != "prefill":
-            rank = jnp.where(rank < 0, -1, rank + cache.count(slots)[..., None])
+        rank = jnp.broadcast_to(cache.next_ranks(slots, meta)[:, None], own.shape)
         rows = cache.rows_of(k, v, meta, side, heads=g, rank=rank, acc=own)
         if ctx.phase != "prefill":
             rows = cache.join(slots.replace(stats={**slots.stats, "acc": slots.stats["acc"] + past}), rows)
@@ -145,9 +142,7 @@ class H2OMask:
         slots, g, recent = state.layer, k.shape[2], params["recent"]
         rows = cache.rows_of(k, v, meta, side, heads=g)
         own, past = _received(evidence, g)
-        rank = cache.rank_in_time(rows.meta.pos, rows.meta.valid)
-        rank = jnp.where(rank < 0, -1, rank + cache.count(slots)[..., None])
-        rank = cache.behind(slots.stats["rank"], rank, slots.used)
+        rank = cache.behind(slots.stats["rank"], cache.next_ranks(slots, meta)[:, None], slots.used)
         valid = cache.behind(slots.meta.valid, rows.meta.valid, slots.used)
         acc = cache.behind(slots.stats["acc"] + past, own, slots.used)
         n = valid.sum(-1, keepdims=True)

@@ -25,9 +25,24 @@ def streamingllm(start=4, recent=512) -> StreamingLLM:
     """Keep the ``start`` first and the ``recent`` last rows; rows of padding count nowhere.
 
     Args:
-      start: sinks that are never evicted.  recent: rows of the window; another number of the same bucket compiles nothing.
+      start: sinks that are never evicted.
+      recent: rows of the window; another number of the same bucket compiles nothing.
     """
     return StreamingLLM(start, recent)
+
+
+def keep_ends(slots: cache.Slots, k, v, meta: Meta, side: dict, phase: str, *, start: int, recent):
+    """Pending record of a layer that keeps the first ``start`` and the last ``recent`` rows; its eviction follows the step.
+
+    slots: of the layer, with the stat "rank".  k, v: [B, N, G, D] as they are stored.  recent: may be traced."""
+    if phase == "decode":
+        rank = jnp.concatenate([slots.stats["rank"], cache.count(slots)[..., None]], -1)  # the new row comes last
+        score = jnp.where(rank < start, jnp.inf, rank)
+        return cache.swap(slots, cache.rows_of(k, v, meta, side), score, start + recent)
+    rows = cache.rows_of(k, v, meta, side, rank=cache.next_ranks(slots, meta)[:, None])
+    rows = rows if phase == "prefill" else cache.join(slots, rows)
+    score = jnp.where(rows.stats["rank"] < start, jnp.inf, rows.stats["rank"])
+    return cache.Whole(cache.compact(rows, score, slots.width, start + recent))
 
 
 @contract
@@ -46,26 +61,13 @@ class StreamingLLM:
         return State(cache.empty(spec, width, stats={"rank": jnp.int32}))
 
     def positions(self, params, state, meta: Meta, ctx) -> Meta:
-        return meta.replace(rope=cache.next_ranks(state.layer, meta))
+        return meta.replace(rope=jnp.maximum(cache.next_ranks(state.layer, meta), 0))
 
     def view(self, params, state, q, k, meta, ctx):
         return (cache.view_of(state.layer, rope=state.layer.stats["rank"]),), state.shared
 
     def pending(self, params, state, k, v, meta, side, evidence, ctx):
-        slots, limit = state.layer, self.start + params["recent"]
-        if ctx.phase == "decode":
-            rank = slots.stats["rank"]
-            last = cache.count(slots)[..., None]  # rank of the new row, which leaves only if everything older must stay
-            score = jnp.where(jnp.concatenate([rank, last], -1) < self.start, jnp.inf, jnp.concatenate([rank, last], -1))
-            return cache.swap(slots, cache.rows_of(k, v, meta, side), score, limit)
-        rank = cache.rank_in_time(jnp.asarray(meta.pos), jnp.asarray(meta.valid))
-        rank = jnp.broadcast_to(rank, (k.shape[0], k.shape[1]))[:, None]
-        if ctx.phase != "prefill":
-            rank = jnp.where(rank < 0, -1, rank + cache.count(slots)[..., None])
-        rows = cache.rows_of(k, v, meta, side, rank=rank)
-        rows = rows if ctx.phase == "prefill" else cache.join(slots, rows)
-        rank = rows.stats["rank"]
-        return cache.Whole(cache.compact(rows, jnp.where(rank < self.start, jnp.inf, rank), slots.width, limit))
+        return keep_ends(state.layer, k, v, meta, side, ctx.phase, start=self.start, recent=params["recent"])
 
     def commit(self, params, state, pending) -> State:
         return state.replace(layer=cache.commit(state.layer, pending))

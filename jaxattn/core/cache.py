@@ -27,7 +27,7 @@ class Slots:
 
     Attributes:
       k, v: [L, B, G, W, D], [L, B, G, W, Dv].
-      meta: Meta with fields [L, B, 1|G, W]; an empty slot is not valid. ``rope`` is kept only where a policy re-rotates.
+      meta: Meta, fields [L, B, 1|G, W]; an empty slot is not valid. ``rope`` is kept only by policies that re-rotate.
       used: int32 [L]; slots written so far, where a policy only appends.
       side: {name: [L, B, 1|G|H, W]}; what methods keep beside a key.
       stats: {name: [L, B, 1|G, W]}; what the policy keeps about a slot; "rank": its place in time among the valid ones.
@@ -73,7 +73,7 @@ class Swap:
 
 
 def empty(spec: Spec, width: int, *, per_head: bool = False, stats: dict | None = None) -> Slots:
-    """Slots of ``spec.layers`` layers without a row. ``stats``: {name: dtype}; they and Meta are per kv head if asked."""
+    """Slots of ``spec.layers`` layers without a row. stats: {name: dtype}. per_head: stats and Meta are per kv head."""
     expect("spec.length", width, "at least one row", width >= 1)
     shape = (spec.layers, spec.batch, spec.kv_heads, width)
     heads = (*shape[:2], spec.kv_heads if per_head else 1, width)
@@ -118,7 +118,7 @@ def _map(f, slots: Slots, *more: Slots) -> Slots:
 
 
 def alike(rows: Slots, slots: Slots) -> Slots:
-    """``rows`` with exactly the facts that ``slots`` keep: an absent size is 1, rotary position pos, label 0, side row 0."""
+    """``rows`` with exactly the facts that ``slots`` keep; where absent: size 1, rope pos, label 0, side row 0."""
     pos = rows.meta.pos
     labels = {x: rows.meta.labels.get(x, jnp.zeros_like(pos)) for x in slots.meta.labels}
     size = rows.meta.size
@@ -132,7 +132,7 @@ def alike(rows: Slots, slots: Slots) -> Slots:
         if rope.ndim < slots.meta.rope.ndim:  # one position on every axis, as of text
             rope = jnp.broadcast_to(rope[..., None], (*rope.shape, slots.meta.rope.shape[-1]))
     blank = lambda x: jnp.zeros((*x.shape[:-1], pos.shape[-1]), x.dtype)  # noqa: E731
-    side = {x: rows.side.get(x, blank(a)) for x, a in slots.side.items()}
+    side = {x: _per_head(rows.side.get(x, blank(a)), a.shape[-2], -2) for x, a in slots.side.items()}
     return rows.replace(meta=Meta(pos, rows.meta.valid, rope, size, labels), side=side)
 
 
@@ -204,11 +204,10 @@ def count(slots: Slots) -> Array:
 
 
 def next_ranks(slots: Slots, meta: Meta) -> Array:
-    """int32 [B, N]: in-cache positions of the new rows, behind the rows of their batch row (whose heads hold equally many).
-
-    Rows that are not valid get 0."""
+    """int32 [B, N]: ranks of the new rows, behind those cached, of which every head holds equally many; -1 if not valid."""
     first = count(slots)[:, 0, None]
-    return jnp.maximum(rank_in_time(jnp.asarray(meta.pos), jnp.asarray(meta.valid)) + first, 0)
+    pos, valid = (jnp.broadcast_to(x, (first.shape[0], x.shape[-1])) for x in (meta.pos, meta.valid))
+    return jnp.where(valid, rank_in_time(pos, valid) + first, -1)
 
 
 def per_kv_head(x: Array, kv_heads: int, how: str = "sum") -> Array:
@@ -306,6 +305,6 @@ def commit(slots: Slots, pending: Whole | Append | Swap) -> Slots:
 
 
 __all__ = [
-    "Append", "Slots", "Swap", "Whole", "alike", "behind", "commit", "compact", "count", "drop", "empty", "grow", "join",
-    "next_ranks", "per_kv_head", "rank_in_time", "rows_of", "swap", "take", "view_of", "widen",
+    "Append", "Slots", "Swap", "Whole", "alike", "behind", "commit", "compact", "count", "drop", "empty", "grow",
+    "join", "next_ranks", "per_kv_head", "rank_in_time", "rows_of", "swap", "take", "view_of", "widen",
 ]  # fmt: skip
