@@ -28,12 +28,12 @@ _LEAST = 1e-30  # gamma 0 in a logarithm: the key is masked wherever there is an
 @contract
 class _ZeroTuning:
     gamma: object = operand("heads")  # a table: a number and a table share programs
-    heads: tuple | None = operand("heads")
+    on_heads: tuple | None = operand("heads")  # not "heads": that is a socket's method
     layers: tuple | None = operand("layers")
     key: int = 0
 
     def call(self, params: dict, state: State, call: Call, ctx: Ctx) -> Call:
-        gamma, heads, on = (jnp.asarray(params[name])[ctx.layer] for name in ("gamma", "heads", "layers"))
+        gamma, heads, on = (jnp.asarray(params[name])[ctx.layer] for name in ("gamma", "on_heads", "layers"))
         bias = jnp.where(on, heads * jnp.log(jnp.maximum(gamma, _LEAST)), 0.0)  # [H]
         g = call.k.shape[2]
 

@@ -120,7 +120,7 @@ def test_search_finds_the_planted_heads():
     none = zerotuning_search(lambda t: 0.7, 6, 3, (0.5, 2))
     assert not none["heads"].any() and none["gamma"] == 1 and none["metric"] == none["base"]
     method = zerotuning(found["gamma"], heads=found["heads"])
-    np.testing.assert_array_equal(split(method, Spec(layers=3, heads=6))[1]["heads"][1], [0, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(split(method, Spec(layers=3, heads=6))[1]["on_heads"][1], [0, 1, 0, 0, 0, 1])
     with pytest.raises(ValueError, match="mode"):
         zerotuning_search(accuracy, 6, 3, (2,), mode="labels")
 
