@@ -23,6 +23,7 @@ from jaxattn.core.conv import depthwise_conv2d
 from jaxattn.core.gates import scale_rows
 from jaxattn.core.pooling import adaptive_avg_pool_2d, bilinear_resize
 from jaxattn.core.select import gather_tokens, rank_of
+from jaxattn.core.slots import merge_tokens
 from jaxattn.core.types import Array, Call, Ctx, Part, Spec, State, contract, expect
 from jaxattn.registry import register
 
@@ -164,11 +165,11 @@ class AgentSD:
         expect("ctx.hidden", ctx.hidden, "the residual stream, by which tokens are matched", ctx.hidden is not None)
         similarity, nearest, is_kept = match(ctx.hidden, self._kept(ctx))
         loose = n - self._cells()
-        merged, for_agents = (min(int(n * r), loose) for r in (self.ratio, self.agent_ratio))
-        slot = merge_slots(similarity, nearest, is_kept, merged)
-        q, k, v = (merge_mean(x, slot, n - merged) for x in (call.q, call.k, call.v))
-        if 2 * (n - for_agents) < n - merged:
-            agents = merge_mean(call.q, merge_slots(similarity, nearest, is_kept, for_agents), n - for_agents)
+        gone, for_agents = (min(int(n * r), loose) for r in (self.ratio, self.agent_ratio))
+        slot = merge_slots(similarity, nearest, is_kept, gone)
+        q, k, v = (merged(x, slot, n - gone) for x in (call.q, call.k, call.v))
+        if 2 * (n - for_agents) < n - gone:
+            agents = merged(call.q, merge_slots(similarity, nearest, is_kept, for_agents), n - for_agents)
             scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
             out = agent_attend(q, k, v, agents, scale=scale, scale2=scale**self.k2) + self.shortcut * v
         else:
@@ -217,12 +218,7 @@ def merge_slots(similarity, nearest, is_kept, r: int) -> Array:
     return jnp.where(is_kept, loose - r + own, jnp.where(rank < r, loose - r + nearest, rank - r)).astype(jnp.int32)
 
 
-def merge_mean(x, slot, rows: int) -> Array:
+def merged(x, slot, rows: int) -> Array:
     """x [B, N, H, D] -> [B, rows, H, D], the means of the tokens of each row."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    def one(x, slot):
-        count = jnp.zeros(rows, x.dtype).at[slot].add(1)
-        return jnp.zeros((rows, *x.shape[1:]), x.dtype).at[slot].add(x) / count[:, None, None]
-
-    return jax.vmap(one)(wide, slot).astype(x.dtype)
+    flat = merge_tokens(x.reshape(*x.shape[:2], -1), slot, rows)
+    return flat.reshape(flat.shape[0], rows, *x.shape[2:])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxattn.core.attend import attend_call
 from jaxattn.core.pooling import mean_pool
 from jaxattn.core.select import coverage_count, forbid, from_mask, protect, rank_of, top_p
+from jaxattn.core.statistics import profile
 from jaxattn.core.types import Array, Call, Ctx, Part, State, contract, expect, operand
 from jaxattn.registry import register
 
@@ -49,7 +50,7 @@ def flexprefill_blocks(
     scale = d**-0.5 if scale is None else scale
 
     last = q[:, n - block :]
-    vertical, slash = _profile_tile(last, k, scale)
+    vertical, slash = profile(q, k, block, scale=scale)
     columns = jnp.clip(coverage_count(vertical, gamma, rule="beyond") // count_block + 1, low, high)
     diagonals = jnp.clip(coverage_count(slash, gamma, rule="beyond") // count_block + 1, low, high)
 
@@ -121,17 +122,6 @@ def _block_logits_tile(q, k, scale) -> Array:
     g = k.shape[2]
     s = jnp.einsum("bngrd,bmgd->bgrnm", q.reshape(b, n, g, h // g, d), k, preferred_element_type=jnp.float32)
     return s.reshape(b, h, n, -1) * scale
-
-
-def _profile_tile(last, k, scale) -> tuple[Array, Array]:
-    """Mean attention of the last rows per column and per diagonal, each [B, H, N]; slash[N - 1] is the main one."""
-    t, n = last.shape[1], k.shape[1]
-    future = jnp.arange(n) > (n - t + jnp.arange(t))[:, None]
-    p = jax.nn.softmax(forbid(_block_logits_tile(last, k, scale), future))
-    # Rows of length n + t - 1 read with stride n + t: diagonals become columns.
-    flat = jnp.pad(p, [(0, 0)] * 3 + [(t - 1, 0)]).reshape(*p.shape[:2], -1)
-    slash = jnp.pad(flat, [(0, 0)] * 2 + [(0, t)]).reshape(*p.shape[:2], t, n + t)[..., :n].mean(2)
-    return p.mean(2), slash
 
 
 def _sum_pool(x, block) -> Array:

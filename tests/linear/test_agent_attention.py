@@ -8,7 +8,7 @@ import pytest
 from jaxattn.core.attend import attend, make_call
 from jaxattn.core.pooling import bilinear_resize
 from jaxattn.core.types import Ctx, Spec, State
-from jaxattn.linear.agent_attention import agent_attend, agent_attention, agent_sd, match, merge_mean, merge_slots
+from jaxattn.linear.agent_attention import agent_attend, agent_attention, agent_sd, match, merge_slots, merged
 
 AGENTS = jax.jit(agent_attend, static_argnames=("scale", "scale2"))
 MATCH = jax.jit(match)
@@ -85,7 +85,7 @@ def test_merging_joins_the_most_similar(rng):
     assert all(set(row) == set(range(9)) for row in slot)
     np.testing.assert_array_equal(slot[:, kept], [[5, 6, 7, 8]] * 2)
     assert slot[0, 5] == slot[0, 8]
-    mean = merge_mean(x[:, :, None], slot, 9)
+    mean = merged(x[:, :, None], slot, 9)
     np.testing.assert_allclose(mean[0, slot[0, 5], 0], x[0, slot[0] == slot[0, 5]].mean(0), rtol=1e-5)
     none = merge_slots(similarity, nearest, is_kept, 0)
     assert all(sorted(row) == list(range(16)) for row in np.asarray(none))
@@ -103,7 +103,7 @@ def test_agent_sd(rng):
 
     # Nothing merged, one agent per cell: agent attention itself.
     similarity, nearest, is_kept = MATCH(x, np.arange(64).reshape(8, 8)[::4, ::4].ravel())
-    agents = merge_mean(q, merge_slots(similarity, nearest, is_kept, 51), 13)
+    agents = merged(q, merge_slots(similarity, nearest, is_kept, 51), 13)
     want = AGENTS(q, k, v, agents, scale=8**-0.5, scale2=8**-0.15) + 0.075 * v
     np.testing.assert_allclose(run(ratio=0.0, stride=4), want, atol=1e-5)
     # Too many agents to gain: plain attention, here to unmerged tokens.
