@@ -28,10 +28,15 @@ def tome(metric, r, cls):
 def test_bipartite_follows_tome(rng, n, r, cls):
     metric, x = rng.normal(size=(3, n, 5)), rng.normal(size=(3, n, 4)).astype(np.float32)
     size = rng.integers(1, 5, (3, n)).astype(np.float32)
-    slot, order = slots.bipartite(jnp.asarray(metric, jnp.float32), r, protect_first=cls)
+
+    @jax.jit
+    def run(metric, x, size):
+        slot, order = slots.bipartite(metric, r, protect_first=cls)
+        mean = slots.merge_tokens(x, slot, n - r, mode="mean")
+        return slot, order, mean, slots.merge_tokens(x, slot, n - r, weight=size)
+
+    slot, order, mean, wavg = map(np.asarray, run(jnp.asarray(metric, jnp.float32), jnp.asarray(x), jnp.asarray(size)))
     assert order.shape == (3, n - r)
-    mean = slots.merge_tokens(jnp.asarray(x), slot, n - r, mode="mean")
-    wavg = slots.merge_tokens(jnp.asarray(x), slot, n - r, weight=jnp.asarray(size))
     for i in range(3):
         groups = tome(metric[i], r, cls)
         assert [g[0] for g in groups] == order[i].tolist()

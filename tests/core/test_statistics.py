@@ -8,7 +8,7 @@ import pytest
 from jaxattn.core import attend as attention
 from jaxattn.core import mask as masks
 from jaxattn.core import statistics
-from jaxattn.core.attend import attend_call, make_call
+from jaxattn.core.attend import attend, attend_call, make_call
 from jaxattn.core.select import from_mask
 from jaxattn.core.types import Meta, View, contract
 
@@ -164,7 +164,7 @@ def test_gradients_of_received_and_entropy_and_temperature(rng):
 def test_lse_and_weights_have_gradients_of_their_own(rng):
     q, k = (jnp.asarray(rng.normal(size=(1, 40, 2, 4)), jnp.float32) for _ in range(2))
     call = make_call(q, k, k, mask=masks.causal())
-    lse = attend_call(call)[0].lse
+    lse = jax.jit(lambda q, k: attend(q, k, k, mask=masks.causal()).lse)(q, k)
     w = jnp.asarray(rng.random((1, 40, 2)), jnp.float32)
     weigh = jnp.asarray(rng.normal(size=(1, 2, 40)), jnp.float32)
 
@@ -173,8 +173,8 @@ def test_lse_and_weights_have_gradients_of_their_own(rng):
         p = jnp.where(np.tri(40, dtype=bool), jnp.exp(s - jnp.moveaxis(lse, 2, 1)[..., None]), 0)
         return jnp.einsum("bhnm,bnh,bhm->", p, w, weigh)
 
-    got = jax.grad(lambda lse, w: jnp.sum(statistics.received(call, lse, w)[0] * weigh), (0, 1))(lse, w)
-    for a, b in zip(got, jax.grad(slow, (0, 1))(lse, w), strict=True):
+    got = jax.jit(jax.grad(lambda lse, w: jnp.sum(statistics.received(call, lse, w)[0] * weigh), (0, 1)))(lse, w)
+    for a, b in zip(got, jax.jit(jax.grad(slow, (0, 1)))(lse, w), strict=True):
         close(a, b, 1e-4)
 
 
@@ -190,7 +190,7 @@ def test_rows_that_see_nothing_give_nothing(rng):
         few = statistics.rows(call, jnp.array([[0, 5]]))[0]
         return found.sum() + statistics.entropy(call, lse).sum(), (found, lse, few)
 
-    (_, (found, lse, few)), grads = jax.value_and_grad(run, (0, 1), has_aux=True)(q, k)
+    (_, (found, lse, few)), grads = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(q, k)
     assert (lse[:, :4] == -jnp.inf).all() and (few[:, :, 0] == 0).all()
     close(found.sum(-1), jnp.full((1, 2), 8.0))  # eight rows of mass one
     assert (found[..., :4] == 0).all()
@@ -199,10 +199,14 @@ def test_rows_that_see_nothing_give_nothing(rng):
 
 def test_invalid_rows_do_not_count(rng):
     q, k = (jnp.asarray(rng.normal(size=(1, 12, 2, 4)), jnp.float32) for _ in range(2))
-    call = make_call(q, k, k, q_meta=Meta.of(12, valid=np.arange(12)[None] < 7))
-    padded = statistics.received(call, None, jnp.ones((1, 12)))[0]
-    cut = statistics.received(make_call(q[:, :7], k, k), None, jnp.ones((1, 7)))[0]
-    close(padded, cut)
+
+    @jax.jit
+    def run(q, k):
+        call = make_call(q, k, k, q_meta=Meta.of(12, valid=np.arange(12)[None] < 7))
+        padded = statistics.received(call, None, jnp.ones((1, 12)))[0]
+        return padded, statistics.received(make_call(q[:, :7], k, k), None, jnp.ones((1, 7)))[0]
+
+    close(*run(q, k))
 
 
 def test_iterated_is_power_iteration(rng):
@@ -222,7 +226,8 @@ def test_iterated_is_power_iteration(rng):
 def test_profile_matches_flexprefill(golden, implementation):
     g = golden("139-flexprefill")
     last = int(g["block_size"])
-    vertical, slash = statistics.profile(jnp.asarray(g["q"]), jnp.asarray(g["k"]), last, implementation=implementation)
+    run = jax.jit(lambda q, k: statistics.profile(q, k, last, implementation=implementation))
+    vertical, slash = run(jnp.asarray(g["q"]), jnp.asarray(g["k"]))
     np.testing.assert_allclose(vertical, g["vertical"], atol=1e-6)
     np.testing.assert_allclose(slash, g["slash"], atol=1e-6)
 
