@@ -64,6 +64,9 @@ def main(args: list[str] | None = None) -> int:
     config = tyro.cli(Task, prog="python -m train", args=args)
     try:
         return run(config)
+    except KeyboardInterrupt:  # before the first step, or asked twice
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TRAIN_TRACEBACK"):
             raise
