@@ -11,6 +11,9 @@ from jaxattn.core.attend import attend, attend_call, make_call, merge, mix
 from jaxattn.core.select import expand, from_mask
 from jaxattn.core.types import Meta, Part, Selection, View, contract
 
+# These programs run once, on small arrays: compiling them is what the tests wait for.
+CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 @contract
 class Softcap:
@@ -66,7 +69,7 @@ def agree(rng, f, g, floats, tol=2e-5):
             out = f(floats)
             return sum(jnp.sum(finite(x) * w) for x, w in zip(jax.tree.leaves(out), weights, strict=True)), out
 
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=CHEAP)(floats)
         return out, grads
 
     (a, ga), (b, gb) = run(f), run(g)
@@ -82,12 +85,17 @@ def qkv(rng, b, n, m, h, g, d, dv):
     return dict(q=tensor(rng, b, n, h, d), k=tensor(rng, b, m, g, d), v=tensor(rng, b, m, g, dv))
 
 
+# One compilation where an eager call would make dozens; Metas passed to it are traced.
+quick = jax.jit(attend, static_argnames=("mask", "score_mod", "normalizer", "scale", "implementation"))
+
+
 def implementations(build):
     """The same call by both paths: ``build(floats) -> keyword arguments of attend``."""
     return [lambda x, i=i: attend(**build(x), implementation=i) for i in ("xla", "reference")]
 
 
 # ------------------------------------------------------------------------------------------------- values and gradients
+@jax.jit
 def plain(q, k, v, seen=None, bias=0.0):
     """Softmax attention from the definition."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -129,7 +137,7 @@ def test_every_float_operand_by_both_paths(rng, small_tiles):
     agree(rng, *implementations(build), x)
 
 
-@pytest.mark.parametrize(("hs", "b"), [(1, 1), (2, 2), (4, 2), (4, 1), (1, 2)])
+@pytest.mark.parametrize(("hs", "b"), [(1, 1), (2, 2), (4, 1), (1, 2)])
 def test_selections_of_every_head_layout(rng, hs, b):
     n, m, h, g, unit, tile = 60, 83, 4, 2, 10, 16
     active = rng.random((b, hs, 4, 9)) < 0.4
@@ -149,7 +157,7 @@ def test_selections_of_every_head_layout(rng, hs, b):
     # the selection alone, against a table of keys
     table = np.repeat(np.repeat(active, tile, 2)[:, :, :n], unit, 3)[..., :m]
     table = np.broadcast_to(np.repeat(table, h // hs, 1), (2, h, n, m))
-    got = attend(x["q"], x["k"], x["v"], where=where)
+    got = quick(x["q"], x["k"], x["v"], where=where)
     out, lse = plain(x["q"], x["k"], x["v"], seen=table)
     close(got.lse, lse)
     close(got.out, jnp.where(jnp.isfinite(lse)[..., None], out, 0.0))
@@ -157,15 +165,14 @@ def test_selections_of_every_head_layout(rng, hs, b):
 
 def test_a_selection_of_everything_is_dense(rng):
     x = qkv(rng, 1, 21, 35, 2, 1, 4, 3)
-    for unit in (1, 8, 35):  # the last unit is uneven
-        units = -(-35 // unit)
-        everything = from_mask(jnp.ones((1, 1, 5, units), bool), unit=unit, tile=5)
-        close(attend(**x, where=everything).out, plain(**x)[0])
+    for unit in (1, 8):  # the last unit of 8 is uneven
+        everything = from_mask(jnp.ones((1, 1, 5, -(-35 // unit)), bool), unit=unit, tile=5)
+        close(quick(**x, where=everything).out, plain(**x)[0])
     # units past the end, as expanding an uneven last unit makes them, are no keys
     fine = expand(from_mask(jnp.ones((1, 1, 5, 5), bool), unit=8, tile=5), 8)
     assert int(fine.index.max()) > 34
     for implementation in ("xla", "reference"):
-        part = attend(**x, where=fine, implementation=implementation)
+        part = quick(**x, where=fine, implementation=implementation)
         close(part.out, plain(**x)[0])
         close(part.lse, plain(**x)[1])
 
@@ -173,8 +180,7 @@ def test_a_selection_of_everything_is_dense(rng):
 def test_rows_that_see_nothing_are_empty(rng, small_tiles):
     x = qkv(rng, 1, 50, 60, 2, 1, 4, 3)
     k_meta = Meta.of(60, valid=np.arange(60)[None] >= 30)
-    f, g = implementations(lambda x: dict(**x, mask=masks.causal(), k_meta=k_meta))
-    part, grads = agree(rng, f, g, x)
+    part, grads = agree(rng, *implementations(lambda x: dict(**x, mask=masks.causal(), k_meta=k_meta)), x)
     blind = 20  # query i sits at key i + 10
     assert (part.out[:, :blind] == 0).all() and jnp.isneginf(part.lse[:, :blind]).all()
     assert (part.out[:, blind:] != 0).all() and jnp.isfinite(part.lse[:, blind:]).all()
@@ -192,7 +198,7 @@ def test_traced_metas_skip_the_same_keys(rng, small_tiles):
         part = attend(**x, mask=mask, q_meta=meta, k_meta=meta)
         return part.out, part.lse
 
-    for got in (fast(x, seg), jax.jit(fast)(x, jnp.asarray(seg))):
+    for got in (jax.jit(lambda x: fast(x, seg))(x), jax.jit(fast)(x, jnp.asarray(seg))):
         for a, b in zip(got, plain(**x, seen=seen), strict=True):
             close(a, b)
 
@@ -200,7 +206,7 @@ def test_traced_metas_skip_the_same_keys(rng, small_tiles):
 def test_bfloat16_is_near_float32(rng, small_tiles):
     x = qkv(rng, 1, 100, 100, 4, 2, 16, 16)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), x)
-    part, want = attend(**low, mask=masks.causal()), attend(**x, mask=masks.causal())
+    part, want = quick(**low, mask=masks.causal()), quick(**x, mask=masks.causal())
     assert part.out.dtype == jnp.bfloat16 and part.lse.dtype == jnp.float32
     np.testing.assert_allclose(part.out.astype(jnp.float32), want.out, atol=2e-2)
     np.testing.assert_allclose(part.lse, want.lse, atol=2e-2)
@@ -209,7 +215,7 @@ def test_bfloat16_is_near_float32(rng, small_tiles):
 def test_float64_stays_float64(rng):
     with jax.enable_x64(True):
         x = {k: jnp.asarray(np.asarray(a), jnp.float64) for k, a in qkv(rng, 1, 20, 20, 2, 1, 4, 4).items()}
-        part = attend(**x, mask=masks.causal())
+        part = quick(**x, mask=masks.causal())
         out, lse = plain(**x, seen=np.tri(20, dtype=bool))
         assert part.out.dtype == part.lse.dtype == jnp.float64
         np.testing.assert_allclose(part.out, out, atol=1e-13)
@@ -233,10 +239,15 @@ def test_a_sink_logit_is_a_key_without_value(rng):
     agree(rng, by_sink, by_key, x)
     # alone in its row, a sink leaves 0 and its own mass
     empty = Meta.of(12, valid=np.zeros((1, 12), bool))
-    f = lambda s: attend(x["q"], x["k"], x["v"], k_meta=empty, sink_logit=s)  # noqa: E731
-    assert (f(x["sink"]).out == 0).all()
-    close(f(x["sink"]).lse, jnp.broadcast_to(x["sink"], (2, 9, 4)))
-    close(jax.grad(lambda s: f(s).lse.sum() + f(s).out.sum())(x["sink"]), jnp.full(4, 18.0))
+
+    def alone(s):
+        part = attend(x["q"], x["k"], x["v"], k_meta=empty, sink_logit=s)
+        return part.lse.sum() + part.out.sum(), part
+
+    (_, part), grad = jax.jit(jax.value_and_grad(alone, has_aux=True))(x["sink"])
+    assert (part.out == 0).all()
+    close(part.lse, jnp.broadcast_to(x["sink"], (2, 9, 4)))
+    close(grad, jnp.full(4, 18.0))
 
 
 def test_class_gains_are_the_formula_on_the_map(rng):
@@ -270,7 +281,7 @@ def test_token_sizes_repeat_keys(rng):
     size = np.array([[1, 3, 1, 2, 1, 4]], np.float32)
     times = size[0].astype(int)
     repeated = plain(x["q"], jnp.repeat(x["k"], times, axis=1), jnp.repeat(x["v"], times, axis=1))
-    got = attend(**x, k_meta=Meta.of(6, size=size))
+    got = quick(**x, k_meta=Meta.of(6, size=size))
     close(got.out, repeated[0])
     close(got.lse, repeated[1])
 
@@ -287,8 +298,7 @@ def test_other_normalizers(rng, small_tiles, normalizer):
         s = s / s.sum(-1, keepdims=True) if normalizer == "l1" else s
         return jnp.einsum("bhnm,bmhe->bnhe", s, v)
 
-    part = attend(**x, mask=masks.causal(), normalizer=normalizer)
-    assert part.lse is None
+    assert quick(**x, mask=masks.causal(), normalizer=normalizer).lse is None
     agree(rng, lambda x: attend(**x, mask=masks.causal(), normalizer=normalizer).out, slow, x)
 
 
@@ -334,28 +344,39 @@ def test_merging_is_a_commutative_monoid_with_the_gradient_of_the_whole(rng):
         return part.out, part.lse
 
     agree(rng, merged, lambda x: plain(**x), x)
-    a, b, c = pieces(x)
-    nothing = Part(jnp.zeros_like(a.out), jnp.full_like(a.lse, -jnp.inf))
-    for other in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, a, b), merge(a, nothing, b, c)):
-        close(other.out, merged(x)[0])
-        close(other.lse, merged(x)[1])
-    empty = merge(nothing, nothing)
-    assert (empty.out == 0).all() and jnp.isneginf(empty.lse).all()
-    grads = jax.grad(lambda l: jnp.sum(merge(Part(a.out, l), Part(b.out, l)).out))(nothing.lse)  # noqa: E741
-    assert (grads == 0).all()
+
+    @jax.jit
+    def orders(x):
+        a, b, c = pieces(x)
+        nothing = Part(jnp.zeros_like(a.out), jnp.full_like(a.lse, -jnp.inf))
+        same = merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, a, b), merge(a, nothing, b, c)
+        grad = jax.grad(lambda lse: jnp.sum(merge(Part(a.out, lse), nothing).out))(nothing.lse)
+        return merge(a, b, c), same, merge(nothing, nothing), grad
+
+    want, same, empty, grad = orders(x)
+    for other in same:
+        close(other.out, want.out)
+        close(other.lse, want.lse)
+    assert (empty.out == 0).all() and jnp.isneginf(empty.lse).all() and (grad == 0).all()
 
 
 def test_merge_weights_inside_and_gains_outside(rng):
     x = qkv(rng, 1, 6, 10, 2, 2, 4, 3)
-    a, b = (attend(x["q"], x["k"][:, c], x["v"][:, c]) for c in (slice(0, 4), slice(4, 10)))
-    bias = jnp.where(jnp.arange(10) < 4, 0.7, 0.0)
-    out, lse = plain(**x, bias=bias)
-    got = merge(a, b, log_weight=(jnp.array(0.7), jnp.array(0.0)))
-    close(got.out, out)
-    close(got.lse, lse)
-    share = jnp.exp(a.lse - merge(a, b).lse)[..., None]
-    close(merge(a, b, gain=(jnp.array(2.0), jnp.array(0.5))).out, 2.0 * share * a.out + 0.5 * (1 - share) * b.out)
-    close(mix((a, b), (0.25, 0.75)), 0.25 * a.out + 0.75 * b.out)
+
+    @jax.jit
+    def run(x):
+        a, b = (attend(x["q"], x["k"][:, c], x["v"][:, c]) for c in (slice(0, 4), slice(4, 10)))
+        biased = merge(a, b, log_weight=(jnp.array(0.7), jnp.array(0.0)))
+        gained = merge(a, b, gain=(jnp.array(2.0), jnp.array(0.5)))
+        return a, b, merge(a, b), biased, gained, mix((a, b), (0.25, 0.75))
+
+    a, b, both, biased, gained, mixed = run(x)
+    out, lse = plain(**x, bias=jnp.where(jnp.arange(10) < 4, 0.7, 0.0))
+    close(biased.out, out)
+    close(biased.lse, lse)
+    share = jnp.exp(a.lse - both.lse)[..., None]
+    close(gained.out, 2.0 * share * a.out + 0.5 * (1 - share) * b.out)
+    close(mixed, 0.25 * a.out + 0.75 * b.out)
     free = (Part(a.out), Part(b.out))
     close(merge(*free).out, a.out + b.out)
     with pytest.raises(ValueError, match="^parts: expected all with lse"):
