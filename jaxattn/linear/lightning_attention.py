@@ -7,7 +7,8 @@ arXiv:2405.17381) and "Lightning Attention-2" (arXiv:2401.04658), whose chunked 
     y   = gate(x) * norm(concat of the heads' o)
 
 No scale and no denominator. Deviations: rows are counted as MiniMax-M1 counts them (from the end of the chunk), so the
-state after any length is the state of decoding; the decay counts rows, not positions; padding belongs on the left.
+state after any length is the state of decoding; the decay counts valid rows, so padding changes nothing; packed
+segments start from an empty state.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 
 from jaxattn.core.gates import scale_rows
 from jaxattn.core.linear import linear_attend
-from jaxattn.core.mask import causal
+from jaxattn.core.mask import causal, same
 from jaxattn.core.rope import lrpe as encode_lrpe
 from jaxattn.core.rope import lrpe_theta
 from jaxattn.core.types import Array, Call, Ctx, Part, Spec, State, contract, expect
 from jaxattn.registry import register
 
+PACKED = causal() & same("segment")
 NORMS = ("rms", "srms", "layer", None)
 GATES = ("sigmoid", "low_rank", "linear", None)
 
@@ -34,12 +36,13 @@ def lightning_attention_2(q, k, v, slope, state=None, *, chunk=128) -> tuple[Arr
     """Causal linear attention with one decay per head (Lightning Attention-2).
 
     Args:
-      q: [B, N, H, F].  k: [B, N, G, F].  v: [B, N, G, Dv].  slope: [H], >= 0: the state shrinks by exp(-slope) per row.
+      q: [B, N, H, F].  k: [B, N, G, F].  v: [B, N, G, Dv].  slope: [H] or [B|1, N, H], >= 0: the state shrinks by
+        exp(-slope) before a row is added (inf: it forgets everything).
       state: [B, H, F, Dv] before the first row, or None.  chunk: rows per block; changes speed, not the result.
     Returns: out [B, N, H, Dv] and the state after the last row, float32 or wider.
     """
     slope = jnp.asarray(slope)
-    expect("slope", f"shape {slope.shape}", f"one per query head, ({q.shape[2]},)", slope.shape == (q.shape[2],))
+    expect("slope", f"shape {slope.shape}", f"[..., {q.shape[2]}], query heads", slope.shape[-1:] == (q.shape[2],))
     return linear_attend(q, k, v, log_decay=-slope, state=state, chunk=chunk)
 
 
@@ -129,16 +132,25 @@ class LightningAttention:
 
     def apply(self, params: dict, state: State, call: Call, ctx: Ctx) -> tuple[Part, State, dict]:
         expect("past", f"{len(call.past)} cached views", "none: the layer keeps its own state", not call.past)
-        expect("mask", call.mask, "causal() or None", call.mask is None or call.mask == causal())
+        packed = call.mask == PACKED
+        expect("mask", call.mask, "causal(), with or without same('segment')", call.mask in (None, causal(), PACKED))
         q, k = jax.nn.silu(call.q), jax.nn.silu(call.k)
         v = jax.nn.silu(call.v) if self.silu_values else call.v
-        v = jnp.where(jnp.asarray(call.k_meta.valid)[..., None, None], v, 0)
+        valid = call.k_meta.valid
+        v = jnp.where(jnp.asarray(valid)[..., None, None], v, 0)
         h, g = q.shape[2], k.shape[2]
         if self.lrpe:
             k = jnp.repeat(k, h // g, axis=2) if g != h else k  # angles belong to query heads
             q, k = (encode_lrpe(x, call.q_meta.pos, params["theta"]) for x in (q, k))
         start = state.layer if jax.tree.leaves(state.layer) else None
-        out, end = lightning_attention_2(q, k, v, self.slopes(h, ctx), start, chunk=self.chunk)
+        slope = self.slopes(h, ctx)
+        if packed or not (isinstance(valid, np.ndarray) and valid.all()):
+            slope = jnp.where(jnp.asarray(valid)[..., None], slope, 0.0)
+        if packed:
+            segment = jnp.asarray(call.k_meta.labels["segment"])
+            fresh = jnp.pad(segment[:, 1:] != segment[:, :-1], [(0, 0), (1, 0)])
+            slope = jnp.where(fresh[..., None], jnp.inf, slope)
+        out, end = lightning_attention_2(q, k, v, slope, start, chunk=self.chunk)
         if start is not None:
             state = state.replace(layer=end.astype(start.dtype))
         out = self._normed(params, out.reshape(*out.shape[:2], -1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxattn.core.attend import make_call
-from jaxattn.core.mask import causal
+from jaxattn.core.mask import causal, same
 from jaxattn.core.types import Ctx, Meta, Spec, State, View, init_params
 from jaxattn.linear.lightning_attention import (
     alibi_slopes,
@@ -120,6 +120,26 @@ def test_every_variant_runs_and_padding_is_nothing(rng):
         if "gate" in params:
             closed = method.apply(params | {"gate": 0 * params["gate"]}, State(), make_call(q, k, v), Ctx(x=x))[0].out
             assert (np.abs(closed).max() == 0) == (method.gate == "linear")
+
+
+def test_padding_on_the_right_and_packing(rng):
+    method = lightning_attention(norm=None, gate=None, decay="head")
+    q, k, v = rng.normal(size=(3, 2, 12, 2, 8)).astype(np.float32)
+    start = method.init_state(SPEC).layer[0]
+
+    @jax.jit
+    def run(call):
+        part, state, _ = method.apply({}, State(start), call, Ctx())
+        return part.out, state.layer
+
+    short, state = run(make_call(q[:, :7], k[:, :7], v[:, :7], mask=causal()))
+    out, padded = run(make_call(q, k, v, mask=causal(), k_meta=Meta.of(12, valid=np.arange(12)[None] < 7)))
+    np.testing.assert_allclose(out[:, :7], short, atol=1e-5)
+    np.testing.assert_allclose(padded, state, atol=1e-5)
+    other, _ = run(make_call(q[:, 7:], k[:, 7:], v[:, 7:], mask=causal()))
+    meta = Meta.of(12, segment=np.where(np.arange(12) < 7, 1, 2)[None])
+    out, _ = run(make_call(q, k, v, mask=causal() & same("segment"), q_meta=meta, k_meta=meta))
+    np.testing.assert_allclose(out, np.concatenate([short, other], 1), atol=1e-5)
 
 
 def test_channel_mixer_and_norm(rng):

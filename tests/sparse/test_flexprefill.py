@@ -47,6 +47,18 @@ def test_profile_is_the_mean_of_the_last_rows(rng):
     np.testing.assert_allclose(found["slash"][0], diagonals, atol=1e-6)
 
 
+def test_padding_behind_a_prompt_changes_nothing(io):
+    """A prompt of whole blocks, padded with garbage: the pattern is that of the prompt alone."""
+    pad = [(0, 0), (0, 64), (0, 0), (0, 0)]
+    q, k = (np.pad(io[n], pad, constant_values=3.0) for n in "qk")
+    how = dict(block=32, gamma=0.6, tau=0.45, min_budget=64)
+    alone, padded = BLOCKS(io["q"], io["k"], **how), BLOCKS(q, k, valid=np.arange(576)[None] < 512, **how)
+    np.testing.assert_allclose(padded["vertical"][..., :512], alone["vertical"], atol=1e-6)
+    np.testing.assert_allclose(padded["slash"][..., 64:], alone["slash"], atol=1e-6)
+    np.testing.assert_allclose(padded["sqrt_jsd"], alone["sqrt_jsd"], atol=1e-5)
+    np.testing.assert_array_equal(padded["mask"][..., :16, :16], alone["mask"])
+
+
 def test_forced_blocks_budgets_and_causality(io):
     for gamma in (0.0, 0.3):
         mask = np.asarray(blocks(io, gamma=gamma, tau=0.0, max_budget=96)["mask"])
