@@ -77,7 +77,7 @@ class DuoAttention:
 
     def init_state(self, spec: Spec) -> State:
         streaming = spec.kv_heads - self.full
-        expect("gates", f"{self.full} retrieval heads in a layer", f"at most {spec.kv_heads}, the kv heads", streaming >= 0)
+        expect("gates", f"{self.full} retrieval heads", f"at most the {spec.kv_heads} kv heads", streaming >= 0)
         stores = {}
         if self.full:
             stores["full"] = cache.empty(spec.replace(kv_heads=self.full), spec.length, stats={"rank": jnp.int32})
@@ -106,12 +106,12 @@ class DuoAttention:
         for name, slots in state.layer.items():
             mine = heads[name]
             of = lambda x, mine=mine: jnp.take(x, mine, axis=2)  # noqa: E731
-            facts = {n: _side_of(x, mine, g) for n, x in side.items()}
+            new = (of(k), of(v), meta, {n: _side_of(x, mine, g) for n, x in side.items()})
             if name == "stream":
-                found[name] = keep_ends(slots, of(k), of(v), meta, facts, ctx.phase, start=self.sink, recent=params["recent"])
+                found[name] = keep_ends(slots, *new, ctx.phase, start=self.sink, recent=params["recent"])
             else:
                 rank = cache.next_ranks(slots, meta)[:, None]
-                found[name] = cache.grow(slots, cache.rows_of(of(k), of(v), meta, facts, rank=rank), ctx.phase)
+                found[name] = cache.grow(slots, cache.rows_of(*new, rank=rank), ctx.phase)
         return found
 
     def commit(self, params, state, pending) -> State:

@@ -32,7 +32,7 @@ def streamingllm(start=4, recent=512) -> StreamingLLM:
 
 
 def keep_ends(slots: cache.Slots, k, v, meta: Meta, side: dict, phase: str, *, start: int, recent):
-    """Pending record of a layer that keeps the first ``start`` and the last ``recent`` rows; its eviction follows the step.
+    """Pending record of a layer that keeps the first ``start`` and the last ``recent`` rows, evicting after the step.
 
     slots: of the layer, with the stat "rank".  k, v: [B, N, G, D] as they are stored.  recent: may be traced."""
     if phase == "decode":

@@ -204,7 +204,7 @@ def count(slots: Slots) -> Array:
 
 
 def next_ranks(slots: Slots, meta: Meta) -> Array:
-    """int32 [B, N]: ranks of the new rows, behind those cached, of which every head holds equally many; -1 if not valid."""
+    """int32 [B, N]: ranks of the new rows, behind those cached (all heads hold equally many); -1 if not valid."""
     first = count(slots)[:, 0, None]
     pos, valid = (jnp.broadcast_to(x, (first.shape[0], x.shape[-1])) for x in (meta.pos, meta.valid))
     return jnp.where(valid, rank_in_time(pos, valid) + first, -1)

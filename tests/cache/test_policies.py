@@ -92,7 +92,8 @@ def test_batch_rows_are_independent_and_padding_is_never_seen(name, weights, x):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_equal_arguments_make_equal_records(name):
-    again = {"duoattention": duoattention(RETRIEVAL.copy(), sink=2, recent=4), "full": full(), "streamingllm": streamingllm(2, np.int64(4)), "h2o": h2o(3, 4),
+    again = {"duoattention": duoattention(RETRIEVAL.copy(), sink=2, recent=4), "full": full(),
+             "streamingllm": streamingllm(2, np.int64(4)), "h2o": h2o(3, 4),
              "h2o mask": h2o_mask(3, 4), "h2o rank": h2o(3, 4, positions="rank"), "tidaldecode": tidaldecode(4, [0, 2]),
              "tidaldecode kv": tidaldecode(4, (0,), per="kv")}[name]  # fmt: skip
     assert again == SMALL[name] and hash(again) == hash(SMALL[name])
