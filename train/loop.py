@@ -105,7 +105,7 @@ def _signals():
     if threading.current_thread() is not threading.main_thread():
         yield got
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
         got.append(number)

@@ -27,7 +27,7 @@ class Show:
         self.last = (start, self.began)
         self.bar = None
         if not quiet and sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
+            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}")
             self.bar = Progress(*columns, console=Console(file=sys.stdout))
             self.task = self.bar.add_task(title, total=steps, completed=start, text="compiling")
             self.bar.start()
@@ -44,9 +44,11 @@ class Show:
         self.last = (done, now)
         pace = (now - then) / max(done - before, 1)
         rate = amount / max(pace, 1e-9)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         figure = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        text = f"{done}/{self.steps}  {shown}  {figure} {self.unit}/s  left {clock(pace * (self.steps - done))}"
+        # What a narrow terminal must not cut comes first.
+        head = f"{done}/{self.steps}  loss {values['loss']:.4g}  {figure} {self.unit}/s"
+        rest = "  ".join(f"{name} {x:.4g}" for name, x in values.items() if name not in ("loss", "weight"))
+        text = f"{head}  left {clock(pace * (self.steps - done))}  {rest}"
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
         elif not self.quiet:
