@@ -1,1 +1,33 @@
-"""Models."""
+"""Models that expose the sockets: language model, vision tower, vision-language model.
+
+    model = models.llm.bind(config, params, cache=cache.full())
+    faster = models.bind(model, attention=sparse.flexprefill(), cache=cache.h2o(budget=256))    # same weights
+    tokens = models.generate(faster, prompts, steps=64)
+"""
+
+from __future__ import annotations
+
+from models import sampling
+from models.bind import Bound, Program, by_layer, dense
+from models.generate import generate, stream
+from models.language import llm
+from models.multimodal import vlm
+from models.vision import vit
+
+_FAMILIES = {llm.LLMConfig: llm, vit.ViTConfig: vit, vlm.VLMConfig: vlm}
+
+
+def bind(model: Bound, **sockets) -> Bound:
+    """The same weights under other sockets (attention, reduce, cache, steering, ...; see each model's ``bind``).
+
+    Sockets are replaced as a whole: what is not named is the default again."""
+    return _FAMILIES[type(model.program.config)].bind(model.program.config, model.params, **sockets)
+
+
+def build(config, seed: int = 0, **sockets) -> Bound:
+    """A freshly initialised model of a configuration, bound to sockets."""
+    family = _FAMILIES[type(config)]
+    return family.bind(config, family.init(config, seed), **sockets)
+
+
+__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "generate", "llm", "sampling", "stream", "vit", "vlm"]

@@ -90,24 +90,24 @@ class Bound(NamedTuple):
 SITES = ("attention", "mixer", "reduce", "cache", "steering", "sampler")
 
 
-def _record(socket: str, value):
-    """A record from a record or from its command-line form ``name:arg=value``."""
-    if isinstance(value, str):
-        return registry.parse(socket, value)
-    expect(socket, type(value).__name__, "a method's record or its name", is_contract(value))
-    return value
+def as_record(socket: str, value, n_layers: int | None = None):
+    """A record from a record or from its command-line form ``name:arg=value``; one whose defaults depend on depth is
+    resolved for a stack of ``n_layers``."""
+    record = registry.parse(socket, value) if isinstance(value, str) else value
+    expect(socket, type(value).__name__, "a method's record or its name", is_contract(record))
+    return record.resolve(n_layers) if n_layers is not None and hasattr(record, "resolve") else record
 
 
 def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, cache=None, steering=None, remat=False,
                trained=None, key=None, counts=None) -> tuple[StackProgram, dict, dict]:  # fmt: skip
     """(program, operands, trained arrays) of one stack. ``reduce``: {layer number or "" for a schedule: record}."""
     spec = block.spec(n_layers)
-    plan = dense() if attention is None else _record("attention", attention)
+    plan = dense() if attention is None else as_record("attention", attention, n_layers)
     kinds, which = (plan.kinds, plan.which) if isinstance(plan, by_layer) else ((plan,), ())
     which = which.numpy() if isinstance(which, types.Const) else np.asarray(which or [0] * n_layers)
     expect("attention.which", f"{len(which)} entries", f"one per layer, {n_layers}", len(which) == n_layers)
     expect("attention.which", which.tolist(), f"numbers below {len(kinds)}", which.size == 0 or which.max() < len(kinds))
-    kinds = tuple(_record("attention", k) for k in kinds)
+    kinds = tuple(as_record("attention", k, n_layers) for k in kinds)
     operands: dict = {"which": which.astype(np.int32)}
     fresh: dict = {}
     programs = []
@@ -124,11 +124,11 @@ def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, 
             fresh[f"cut.{len(cuts)}"] = record.init(jax.random.key(0) if key is None else key, spec)
         cuts.append(Cut(layer, f"cut.{len(cuts)}", program))
     if cache is not None:
-        cache, operands["cache"] = split(_record("cache", cache), spec)
+        cache, operands["cache"] = split(as_record("cache", cache, n_layers), spec)
     steers = () if steering is None else steering if isinstance(steering, tuple) else (steering,)
     steered = []
     for i, s in enumerate(steers):
-        program, operands[f"steering.{i}"] = split(_record("steering", s), spec)
+        program, operands[f"steering.{i}"] = split(as_record("steering", s, n_layers), spec)
         steered.append(program)
     needs = collect_needs(tuple(c for c in cuts), cache, tuple(steered), site, n_layers)
     program = StackProgram(block, n_layers, site, tuple(programs), tuple(cuts), cache, tuple(steered), needs, remat)
@@ -139,7 +139,7 @@ def _scheduled(reduce: dict, n_layers: int, site: str):
     """(layer, record) pairs in order of depth; multi-site records expand to one record per cut."""
     pairs = []
     for where, record in reduce.items():
-        record = _record("tokens", record)
+        record = as_record("tokens", record, n_layers)
         if hasattr(record, "schedule"):
             pairs += list(record.schedule(n_layers))
         else:
@@ -156,11 +156,11 @@ def collect_needs(cuts, cache, steering, site: str, n_layers: int) -> tuple[Need
         for need in needs_of(cut.transform):
             at = f"{site}.{cut.layer - 1}" if need.at == "last" else need.at
             if at.startswith(f"{site}."):
-                found.append(dataclasses.replace(need, at=_absolute(at, n_layers)))
+                found.append(dataclasses.replace(need, at=absolute(at, n_layers)))
     for record in (*((cache,) if cache is not None else ()), *steering):
         for need in needs_of(record):
             if need.at.startswith(f"{site}.") and need.at != f"{site}.*":
-                found.append(dataclasses.replace(need, at=_absolute(need.at, n_layers)))
+                found.append(dataclasses.replace(need, at=absolute(need.at, n_layers)))
     return tuple(dict.fromkeys(found))
 
 
@@ -168,7 +168,8 @@ def needs_of(record) -> tuple[Need, ...]:
     return tuple(record.needs()) if hasattr(record, "needs") else ()
 
 
-def _absolute(at: str, n_layers: int) -> str:
+def absolute(at: str, n_layers: int) -> str:
+    """A Need's site with a layer number counted from the front."""
     site, layer = at.rsplit(".", 1)
     if layer == "*":
         return at
@@ -185,9 +186,3 @@ def params_of(arrays: dict, name: str) -> dict:
 def subset(arrays: dict, site: str) -> dict:
     """The arrays of one stack."""
     return {side: arrays.get(side, {}).get(site, {}) for side in ("operands", "trained")}
-
-
-def split_site(name: str, record, spec: Spec):
-    record = _record("tokens", record)
-    program, operands = split(record, spec)
-    return program, operands

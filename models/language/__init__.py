@@ -1,1 +1,1 @@
-"""Models."""
+"""Language models."""

@@ -6,6 +6,8 @@ the arrays that later layers see), what order means is a matter of Meta.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +16,7 @@ from jaxattn.core import mask as masks
 from jaxattn.core.types import Array, Ctx, Meta, contract, data, expect, split
 from jaxattn.nn import layers
 from models import stack
-from models.bind import Bound, Program, _record, bind_stack, needs_of, params_of, subset
+from models.bind import Bound, Program, absolute, as_record, bind_stack, needs_of, params_of, subset
 from models.language import llm
 from models.vision import vit
 
@@ -92,7 +94,7 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
         if family == "vision" and layer:
             tower[layer] = record
         elif site in ("vision", "project"):
-            between[site] = _record("tokens", record)
+            between[site] = as_record("tokens", record, c.vision.layers)
         elif family == "llm":
             language[layer] = record
         else:
@@ -124,11 +126,7 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
 
 def _with_needs(program, extra):
     """The tower also answers what transforms behind it ask of its layers."""
-    import dataclasses
-
-    from models.bind import _absolute
-
-    more = [dataclasses.replace(n, at=_absolute(n.at, program.layers)) for n in extra if n.at.startswith("vision.")]
+    more = [dataclasses.replace(n, at=absolute(n.at, program.layers)) for n in extra if n.at.startswith("vision.")]
     return dataclasses.replace(program, needs=tuple(dict.fromkeys((*program.needs, *more))))
 
 

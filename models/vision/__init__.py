@@ -1,1 +1,1 @@
-"""Models."""
+"""Vision towers."""
