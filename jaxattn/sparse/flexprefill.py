@@ -79,7 +79,7 @@ def flexprefill_blocks(
     logits = _block_logits_tile(mean_pool(q.astype(vertical.dtype), block, valid=valid), keys, scale)
     table = jax.nn.softmax(forbid(logits, (distance < 0) | (dead[:, :, None] & (distance > 0))))
     table = jnp.where(dead[..., None], 0.0, table)
-    mass = gamma * live.sum(-1)[:, None]
+    mass = gamma * live.sum(-1)[:, None, None]
     covered = top_p(table.reshape(b, h, -1), mass, rule="within").reshape(table.shape)
     mask = (kept_columns[..., None, :] | lines | (aware[..., None, None] & covered)) & (distance >= 0)
     return {

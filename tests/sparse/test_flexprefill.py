@@ -50,13 +50,16 @@ def test_profile_is_the_mean_of_the_last_rows(rng):
 def test_padding_behind_a_prompt_changes_nothing(io):
     """A prompt of whole blocks, padded with garbage: the pattern is that of the prompt alone."""
     pad = [(0, 0), (0, 64), (0, 0), (0, 0)]
-    q, k = (np.pad(io[n], pad, constant_values=3.0) for n in "qk")
+    garbage, longer = dict(constant_values=3.0), dict(mode="wrap")
+    q, k = (np.concatenate([np.pad(io[n], pad, **garbage), np.pad(io[n][:, ::-1], pad, **longer)]) for n in "qk")
     how = dict(block=32, gamma=0.6, tau=0.45, min_budget=64)
-    alone, padded = BLOCKS(io["q"], io["k"], **how), BLOCKS(q, k, valid=np.arange(576)[None] < 512, **how)
-    np.testing.assert_allclose(padded["vertical"][..., :512], alone["vertical"], atol=1e-6)
-    np.testing.assert_allclose(padded["slash"][..., 64:], alone["slash"], atol=1e-6)
-    np.testing.assert_allclose(padded["sqrt_jsd"], alone["sqrt_jsd"], atol=1e-5)
-    np.testing.assert_array_equal(padded["mask"][..., :16, :16], alone["mask"])
+    padded = BLOCKS(q, k, valid=np.arange(576) < np.array([[512], [576]]), **how)
+    for row, alone in ((0, BLOCKS(io["q"], io["k"], **how)), (1, BLOCKS(q[1:], k[1:], **how))):
+        n, m = alone["vertical"].shape[-1], alone["mask"].shape[-1]
+        np.testing.assert_allclose(padded["vertical"][row, :, :n], alone["vertical"][0], atol=1e-6)
+        np.testing.assert_allclose(padded["slash"][row, :, 576 - n :], alone["slash"][0], atol=1e-6)
+        np.testing.assert_allclose(padded["sqrt_jsd"][row], alone["sqrt_jsd"][0], atol=1e-5)
+        np.testing.assert_array_equal(padded["mask"][row, :, :m, :m], alone["mask"][0])
 
 
 def test_forced_blocks_budgets_and_causality(io):
