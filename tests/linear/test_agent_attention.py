@@ -9,6 +9,7 @@ from jaxattn.core.attend import attend, make_call
 from jaxattn.core.pooling import bilinear_resize
 from jaxattn.core.types import Ctx, Spec, State
 from jaxattn.linear.agent_attention import agent_attend, agent_attention, agent_sd, match, merge_slots, merged
+from tests.jaxprs import largest
 
 AGENTS = jax.jit(agent_attend, static_argnames=("scale", "scale2"))
 MATCH = jax.jit(match)
@@ -113,3 +114,13 @@ def test_agent_sd(rng):
         assert np.isfinite(out).all() and len(np.unique(out[0, :, 0, 0])) == 32  # merged tokens share their output
     small = agent_sd((4, 4)).apply({}, State(), make_call(q, k, v), ctx)[0].out  # another resolution is dense
     np.testing.assert_allclose(small, attend(q, k, v).out, atol=1e-6)
+
+
+def test_cost_is_linear_in_tokens():
+    q = jnp.zeros((1, 1024, 2, 8))
+    for method in (agent_attention(49, grid=(32, 32)), agent_sd((32, 32), stride=8, agent_ratio=0.95)):
+        params = method.init(jax.random.key(0), SPEC) if hasattr(method, "init") else {}
+        ctx = Ctx(hidden=jnp.zeros((1, 1024, 16)))
+        run = lambda q, k, v, m=method, p=params, c=ctx: m.apply(p, State(), make_call(q, k, v), c)[0].out  # noqa: E731
+        elements, _, shape = largest(run, q, q, q)
+        assert elements <= 2 * 64 * 1024, shape

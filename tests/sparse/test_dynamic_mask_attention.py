@@ -10,6 +10,7 @@ from jaxattn.core.mask import causal, window
 from jaxattn.core.types import Ctx, Meta, Spec, State, View, split
 from jaxattn.sparse import dynamic_mask_attention as dma
 from jaxattn.sparse.dynamic_mask_attention import dynamic_mask_attention, importance
+from tests.jaxprs import largest
 
 
 def apply(method, params, call):
@@ -199,3 +200,10 @@ def test_width_is_an_operand_and_bfloat16_is_finite(small):
     with pytest.raises(ValueError, match="past"):
         view = View(k, v, Meta.of(40))
         apply(dynamic_mask_attention(), params, make_call(q, k, v, mask=causal(), past=(view,)))
+
+
+def test_memory_is_linear_in_the_gradient():
+    q, params = jnp.zeros((1, 2048, 1, 8)), {"A": jnp.zeros(1), "dt": jnp.zeros((8, 1))}
+    run = lambda p, *a: apply(dynamic_mask_attention(64), p, make_call(*a, mask=causal())).sum()  # noqa: E731
+    elements, _, shape = largest(jax.grad(run, (0, 1, 2, 3)), params, q, q, q)
+    assert elements <= dma.ROWS * dma.KEYS, shape

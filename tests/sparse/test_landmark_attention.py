@@ -17,6 +17,7 @@ from jaxattn.sparse.landmark_attention import (
     landmark_loss_mask,
     landmark_reference,
 )
+from tests.jaxprs import largest
 
 REFERENCE = jax.jit(landmark_reference, static_argnums=3)
 
@@ -223,3 +224,10 @@ def test_bfloat16_and_errors(small):
         landmark_attention(selection="best")
     with pytest.raises(ValueError, match="sink_logit"):
         apply(landmark_attention(4), make_call(q, k, v, sink_logit=jnp.zeros(4)))
+
+
+def test_memory_is_linear_in_the_gradient():
+    q = jnp.zeros((1, 2048, 1, 8))
+    run = lambda q, k, v: landmark_attention(63).apply({}, State(), make_call(q, k, v), Ctx())[0].out.sum()  # noqa: E731
+    elements, _, shape = largest(jax.grad(run, (0, 1, 2)), q, q, q)
+    assert elements <= module.ROWS * (2048 + 64), shape
