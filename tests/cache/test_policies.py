@@ -1,5 +1,7 @@
 """Cache policies: exact where nothing is dropped, the right rows where something is, steps that copy nothing."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,8 @@ def test_batch_rows_are_independent_and_padding_is_never_seen(name, weights, x):
     first = x[[0, 0]]
     np.testing.assert_allclose(beside.feed(padded, valid=valid)[:, 0, :6], alone.feed(first[:, :6])[:, 1], atol=2e-5)
     for t in range(3):
+        if t == 1:  # a step in which only the other text goes on
+            beside.feed(np.full((2, 1, DIM), 1e3, np.float32), valid=np.array([[False], [True]]))
         both = np.stack([x[0, 6 + t], x[1, N + t]])[:, None]
         np.testing.assert_allclose(beside.feed(both)[:, 0], alone.feed(first[:, 6 + t : 7 + t])[:, 1], atol=2e-5)
     stores = (s.state.layer if name == "duoattention" else {"": s.state.layer} for s in (alone, beside))
@@ -278,6 +282,23 @@ def test_bfloat16(name, weights, x):
     exact, _ = outputs(GENEROUS[name], weights, x, cuts=(0, N, N + 1))
     assert s.state.layer.k.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), exact, atol=0.15)
+
+
+@pytest.mark.parametrize("name", ["h2o", "duoattention"])
+def test_a_sharded_batch_stays_sharded(name, weights):
+    """A step with the batch over four devices moves nothing between them: written slots are addressed per row."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    s = stream(SMALL[name], weights, 4)
+
+    def on(x, axis):
+        where = jax.sharding.PartitionSpec(*[None] * axis, "data") if x.ndim > axis else jax.sharding.PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+
+    state = jax.tree.map(lambda a: on(a, 1), s.state)
+    meta = jax.tree.map(lambda a: on(jnp.broadcast_to(a, (4, 1)), 0), Meta.of(1))
+    x = on(jnp.zeros((4, 1, DIM)), 0)
+    lowered = step.lower(s.policy, s.params, weights, state, x, meta, {}, kv_heads=KV, phase="decode")
+    assert not re.search(r" (all-|collective-|reduce-scatter)", lowered.compile().as_text())
 
 
 @pytest.mark.parametrize("name", ["full", "streamingllm", "h2o", "tidaldecode"])
