@@ -145,10 +145,13 @@ class VLM(Common):
 
     task: ClassVar[str] = "vlm"
 
+    steps: int = 1800
     batch: int = 8
     optimizer: Literal["adamw", "muon"] = "muon"
     b2: float = 0.98
+    weight_decay: float = 0.0
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    flat: float = 0.5
     size: int = 96
     patch: int = 8
     dim: int = 96
@@ -162,7 +165,7 @@ class VLM(Common):
     vision_mlp: int = 256
     vision_lr: float = 0.3
     """Factor on the learning rate of the vision tower."""
-    vision_steps: int = 800
+    vision_steps: int = 900
     """Steps of a first stage, in which the tower learns alone on crowded scenes; none with own files."""
     vision_batch: int = 16
     auxiliary: float = 0.3

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.mask import block_map
-from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, expect
+from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels.flash import Options, flash
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path
@@ -68,20 +68,16 @@ def attend_call(call: Call, *, stats: tuple[str, ...] = (), implementation: str 
     """
     check_qkv(call.q, call.k, call.v)
     check_call(call)
-    classes = call.gain.groups if call.gain is not None else 0
-    dv = call.v.shape[-1]
-    part = attend_keys(call, implementation)
-    for view in call.past:
-        if view.own is not None:
-            part = hide(part, view.own)
-    part = merge(part, *(attend_view(call, view, implementation) for view in call.past))
-    out, lse = part.out, part.lse
     found = {}
-    if classes:
-        per_class = out[..., : classes * dv].reshape(*out.shape[:-1], classes, dv)
-        masses = out[..., classes * dv :].astype(jnp.promote_types(out.dtype, jnp.float32))
+    if call.gain is None:
+        part = _union(call, implementation)
+        out, lse = part.out, part.lse
+    else:
+        masses, lse = class_masses(call, implementation)
         gains = call.gain(masses, call.gain_args)
-        out = jnp.einsum("bnhc,bnhcd->bnhd", gains, per_class.astype(gains.dtype)).astype(call.v.dtype)
+        out = _union(tilt(call, gains), implementation).out
+        # The second softmax normalises sum_c gain_c mass_c to 1.
+        out = (out * jnp.sum(gains * masses, -1)[..., None]).astype(call.v.dtype)
         if "masses" in stats:
             found["masses"] = masses
     if call.normalizer == "l1":
@@ -94,6 +90,67 @@ def attend_call(call: Call, *, stats: tuple[str, ...] = (), implementation: str 
     if call.out_gate is not None:
         out = (out * call.out_gate).astype(out.dtype)
     return Part(out, lse), found
+
+
+def _union(call: Call, implementation: str | None) -> Part:
+    """One softmax over the own keys and those of every View."""
+    part = attend_keys(call, implementation)
+    for view in call.past:
+        if view.own is not None:
+            part = hide(part, view.own)
+    return merge(part, *(attend_view(call, view, implementation) for view in call.past))
+
+
+def class_masses(call: Call, implementation: str | None = None) -> tuple[Array, Array]:
+    """(masses, at least float32, [B, N, H, C]; lse [B, N, H]) of the classes of ``call.gain``: one pass whose values
+    are C columns, so that neither a map nor a copy of the values per class exists."""
+    classes = call.gain.groups
+    dtype = jnp.promote_types(call.v.dtype, jnp.float32)
+
+    def columns(v, key):
+        group = key.get("group")
+        expect("key['group']", None if group is None else group.shape, "int32 [B|1, M, 1|G]", group is not None)
+        return jnp.broadcast_to((group[..., None] == jnp.arange(classes)).astype(dtype), (*v.shape[:3], classes))
+
+    past = tuple(view.replace(v=columns(view.v, view.key)) for view in call.past)
+    plain = call.replace(v=columns(call.v, call.key), past=past, gain=None, gain_args={})
+    part = _union(plain.map_keys(_ungrouped), implementation)
+    return part.out.astype(dtype), part.lse
+
+
+def _ungrouped(meta, key):
+    return {name: x for name, x in key.items() if name != "group"}
+
+
+@contract
+class _Tilt:
+    """Adds log gain_c of the row to the logits of class c."""
+
+    classes: int
+    inner: object = None
+
+    def fields(self):
+        return frozenset() if self.inner is None else self.inner.fields()
+
+    def __call__(self, logits, q, k, row, key):
+        if self.inner is not None:
+            logits = self.inner(logits, q, k, row, key)
+        for c in range(self.classes):
+            logits = logits + jnp.where(key["class"] == c, row[f"log_gain.{c}"], 0.0)
+        return logits
+
+
+def tilt(call: Call, gains: Array) -> Call:
+    """The Call whose probabilities are p_j gain_c(j) / sum: gains [B, N, H, C], at least 0, become logits."""
+    expect("gain", call.score_mod, "a score_mod that is not a gain already", not isinstance(call.score_mod, _Tilt))
+    log = jnp.log(jnp.maximum(gains, 1e-30))
+    row = call.row | {f"log_gain.{c}": log[..., c] for c in range(call.gain.groups)}
+
+    def classed(meta, key):
+        return _ungrouped(meta, key) | {"class": key["group"].astype(log.dtype)}
+
+    call = call.map_keys(classed)
+    return call.replace(row=row, score_mod=_Tilt(call.gain.groups, call.score_mod), gain=None, gain_args={})
 
 
 def check_call(call: Call) -> None:
@@ -128,7 +185,7 @@ def hide(part: Part, seen: Array) -> Part:
 
 
 def attend_keys(call: Call, implementation: str | None = None) -> Part:
-    """The Part of the own keys alone, before merging, sinks and gates. With ``gain``, ``out`` has the class columns."""
+    """The Part of the own keys alone, before merging, sinks, gains and gates."""
     operands, options = lower(call)
     out, lse = flash(operands, options, implementation)
     return Part(out, None if call.normalizer != "softmax" else lse)
@@ -182,7 +239,7 @@ def lower(call: Call) -> tuple[dict, Options]:
         ok = a.ndim == 3 and a.shape[0] in (1, q.shape[0]) and a.shape[1] in (1, n) and a.shape[2] in (1, h)
         expect(f"row[{name!r}]", f"shape {a.shape}", f"[B|1, 1|{n}, 1|{h}]", ok)
     key = dict(call.key)
-    group = key.pop("group", None)
+    key.pop("group", None)
     key_bias = key.pop("bias", None)
     bias = call.bias
     if bias is not None and bias.shape[2] == 1:  # constant over the queries: a row vector, not a table
@@ -191,9 +248,7 @@ def lower(call: Call) -> tuple[dict, Options]:
     if call.k_meta.size is not None:
         size = _per_key(jnp.log(jnp.maximum(call.k_meta.size, 1e-9)))
         key_bias = size if key_bias is None else key_bias + size
-    if call.gain is not None:
-        v = class_columns(v, group, call.gain.groups)
-    elif call.normalizer == "l1":
+    if call.normalizer == "l1":
         v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], -1)
     names = call.mask.fields() if call.mask is not None else frozenset()
     if call.score_mod is not None:
@@ -226,16 +281,6 @@ def _field(meta: Meta, name: str):
 def _per_key(x):
     """A Meta field [B|1, M] or [B, G, M] as side rows [B|1, M, 1|G]."""
     return x[..., None] if x.ndim == 2 else jnp.moveaxis(x, 1, 2)
-
-
-def class_columns(v: Array, group: Array, classes: int) -> Array:
-    """[B, M, G, C * Dv + C]: the values of each class in columns of their own, then one column per class of ones.
-
-    Attention to these columns gives, per row, every class's share of the output and its mass: no map is needed."""
-    expect("key['group']", None if group is None else group.shape, "int32 [B|1, M, 1|G]", group is not None)
-    one = (group[..., None] == jnp.arange(classes)).astype(v.dtype)  # [B|1, M, 1|G, C]
-    one = jnp.broadcast_to(one, (*v.shape[:3], classes))
-    return jnp.concatenate([(one[..., None] * v[..., None, :]).reshape(*v.shape[:3], -1), one], -1)
 
 
 def dense_list(mask, q_meta: Meta, k_meta: Meta, n: int, m: int) -> Selection:

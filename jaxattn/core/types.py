@@ -143,7 +143,7 @@ class Call:
         the logits; ``key["group"]`` int32 is the class of each key for ``gain``.
       sink_logit: [H] or [B|1, N|1, H]; mass exp(sink_logit) joins the normaliser and carries no value.
       out_gate: [B, N, H, 1|Dv]; multiplies the output.
-      gain: a contract ``gain(masses [B, N, H, C], args) -> gains [B, N, H, C]`` with ``groups = C``: the output
+      gain: a contract ``gain(masses [B, N, H, C], args) -> gains [B, N, H, C] >= 0`` with ``groups = C``: the output
         becomes sum_c gains_c * (part of the output that came from class c). gain_args: its arrays.
       mask: a ``masks`` expression.  score_mod: a contract ``(logits, q: Meta, k: Meta, row, key) -> logits``.
       normalizer: "softmax" | "l1" (divide by the sum of scores) | "none".  scale: None means D ** -0.5.

@@ -252,7 +252,7 @@ def test_a_sink_logit_is_a_key_without_value(rng):
 
 def test_class_gains_are_the_formula_on_the_map(rng):
     b, n, m, h, g, dv = 2, 11, 30, 4, 2, 3
-    x = qkv(rng, b, n, m, h, g, 4, dv) | dict(slope=tensor(rng, h, 3))
+    x = qkv(rng, b, n, m, h, g, 4, dv) | dict(slope=jnp.abs(tensor(rng, h, 3)))
     group = jnp.asarray(rng.integers(0, 3, (1, m, 1)))
     cut = 12
 
