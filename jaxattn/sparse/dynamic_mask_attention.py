@@ -114,6 +114,7 @@ class DynamicMaskAttention:
         """The call with whole blocks kept or dropped instead of keys."""
         n, block = call.q.shape[1], self.block_smooth
         expect("block_smooth", f"{n} rows after a cache", "no cache, or one row", n == 1 or not call.past)
+        expect("where", "a Selection", "None with block_smooth", call.where is None)
         everything = {x: jnp.full_like(call.row[x], v) for x, v in (("delta_min", -jnp.inf), ("last_pos", 2.0**24))}
         if not call.past:
             at = jnp.broadcast_to(jnp.arange(delta.shape[-1]) // block, delta.shape)
