@@ -182,12 +182,20 @@ def _visible(ints: dict, opt):
     return ok
 
 
+def captured(keys: dict):
+    """Key arrays as loops should capture them: () -> keys. The r axis of one is put back inside the loop, because XLA on
+    CPU lays an array with such an axis out anew for a while loop: a copy of a whole layer of the cache."""
+    held = jax.tree.map(lambda x: x.reshape(*x.shape[:2], *x.shape[3:]) if x.shape[2] == 1 else x, keys)
+    return lambda: jax.tree.map(lambda x, whole: x.reshape(whole.shape), held, keys)
+
+
 def _step_inputs(i, j, rows, keys, per_query, q_ints, k_ints, lists, opt):
     """Everything one (query tile i, step j) reads: (diff, v, ints, index)."""
     take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)
     at = j * opt.step
     chunk = lambda x, axis: lax.dynamic_slice_in_dim(x, at, opt.step, axis)  # noqa: E731
     index = chunk(take(lists["index"]), 3)
+    keys = keys()
     units = keys["k"].shape[3]
     real, index = index < units, jnp.minimum(index, units - 1)  # an expanded selection may list units past the end
     fetch = lambda x: _fetch(x, index)  # noqa: E731
@@ -238,8 +246,8 @@ def _over_tiles(f, n_tiles: int):
 def _forward(o: dict, opt):
     (b, n, h, _), (g, dv) = o["q"].shape, o["v"].shape[2:]
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
-    arranged = _arrange(o, opt)
-    rows, lists = arranged[0], arranged[5]
+    rows, keys, *others = _arrange(o, opt)
+    arranged, lists = (rows, captured(keys), *others), others[-1]
     shape = (b, g, h // g, opt.tile)
 
     def tile(i):
@@ -283,8 +291,8 @@ def pull_back(o: dict, opt, per_row: dict, found: dict, pair):
     visible, and the fetched values. Returns arranged gradients (rows, keys, per_query) and the row sums.
     """
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
-    arranged = _arrange(o, opt)
-    rows, keys, per_query, _, _, lists = arranged
+    rows, keys, per_query, *others = _arrange(o, opt)
+    arranged, lists = (rows, captured(keys), per_query, *others), others[-1]
 
     def tile(i, totals):
         take = functools.partial(lax.dynamic_index_in_dim, index=i, axis=3, keepdims=False)

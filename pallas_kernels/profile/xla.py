@@ -22,8 +22,8 @@ def _spread(x, o: dict, opt):
 def _forward(o: dict, opt, lse, weights):
     (b, n, h, _), (m, g) = o["q"].shape, o["k"].shape[1:3]
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
-    arranged = tiles._arrange(o, opt)
-    keys, lists = arranged[1]["k"], arranged[5]
+    rows, keys, *others = tiles._arrange(o, opt)
+    arranged, lists, keys = (rows, tiles.captured(keys), *others), others[-1], keys["k"]
     lse, weights = _spread(lse, o, opt), _spread(weights, o, opt)
 
     def tile(columns, i):
