@@ -32,7 +32,10 @@ def golden_weights(io):
     return {x: io[f"w.{x}_proj.weight"][None] for x in "qkvo"}
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "kv_heads", "phase", "mask", "residual"))
+CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # quick to compile
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "kv_heads", "phase", "mask", "residual"), compiler_options=CHEAP)
 def step(policy, params, weights, state, x, meta, side, *, kv_heads, phase, mask=None, residual=True):
     """x [B, N, C] -> (y [B, N, C], outputs of every layer [L, B, N, C], State)."""
     b, n, c = x.shape
@@ -91,9 +94,13 @@ class Stream:
         if phase is None:
             phase = "prefill" if not self.started else "decode" if n == 1 else "extend"
         self.started, self.next = True, self.next + valid.sum(1)
+        before = self.state
         meta = Meta(jnp.asarray(pos, jnp.int32), jnp.asarray(valid))
         x, ys, self.state = step(self.policy, self.params, self.weights, self.state, jnp.asarray(x), meta, side or {},
                                  kv_heads=self.kv_heads, phase=phase, mask=mask, residual=self.residual)  # fmt: skip
+        if phase != "prefill":  # a cache can be the carry of a loop over steps
+            kinds = [jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), state) for state in (before, self.state)]
+            assert kinds[0] == kinds[1]
         self.x = x
         return ys
 
