@@ -157,14 +157,16 @@ def collect_needs(cuts, cache, steering, site: str, n_layers: int) -> tuple[Need
             at = f"{site}.{cut.layer - 1}" if need.at == "last" else need.at
             if at.startswith(f"{site}."):
                 found.append(dataclasses.replace(need, at=absolute(at, n_layers)))
-    for record in (*((cache,) if cache is not None else ()), *steering):
-        for need in needs_of(record):
-            if need.at.startswith(f"{site}.") and need.at != f"{site}.*":
-                found.append(dataclasses.replace(need, at=absolute(need.at, n_layers)))
+    for record in steering:
+        found += [dataclasses.replace(n, at=absolute(n.at, n_layers)) for n in needs_of(record) if n.at.startswith(f"{site}.")]
+    # A cache policy's needs are answered layer by layer, over own and cached keys: see stack._live_evidence.
+    for need in needs_of(cache):
+        expect("cache", need.at, f"needs at '{site}.*'", need.at == f"{site}.*")
     return tuple(dict.fromkeys(found))
 
 
 def needs_of(record) -> tuple[Need, ...]:
+    """What a record declared it has to see."""
     return tuple(record.needs()) if hasattr(record, "needs") else ()
 
 

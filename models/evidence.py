@@ -29,6 +29,8 @@ def row_weights(rows, meta: Meta, groups: dict, evidence: dict, total: bool) -> 
         index = jnp.broadcast_to(jnp.arange(start, stop), (valid.shape[0], stop - start))
         live = valid[:, start:stop]
     elif rows == "cls":
+        if "special" not in groups:
+            raise ValueError("rows: expected a tower with a CLS token for 'cls', got one without special rows")
         index, live = jnp.zeros((valid.shape[0], 1), jnp.int32), valid[:, :1]
     elif rows == "last" or isinstance(rows, int):
         w = 1 if rows == "last" else min(rows, n)

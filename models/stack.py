@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxattn.core import mask as masks
 from jaxattn.core import statistics
+from jaxattn.core.reduce import fresh
 from jaxattn.core.types import (
     Array, Call, Ctx, Meta, Need, Part, State, Tokens, data, default_state, expect, static,
 )  # fmt: skip
@@ -88,9 +89,11 @@ def streams_of(groups: dict[str, tuple[Array, Meta]]) -> Streams:
 
 @data
 class CacheStack:
-    """The cache of layers [start, stop): one State, leaves stacked over those layers."""
+    """The cache of layers [start, stop): one State, leaves stacked over those layers. ``shift`` int32 [B]: what is taken
+    off a new row's position before rotation where a cut renumbered the rows (None: nothing)."""
 
     state: State
+    shift: Array | None = None
     start: int = static(0)
     stop: int = static(0)
 
@@ -148,17 +151,23 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         cuts = [c for c in program.cuts if start < c.layer < stop]
         edges = [start, *sorted({c.layer for c in cuts}), stop]
         pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
+    shift = None
     for a, b, cache, cuts in pieces:
+        if cache is not None:
+            streams = _shifted(streams, cache.shift)
         streams, states, found, pending, extra = _segment(
             params, program, arrays, streams, a, b, phase=phase, mask=mask, cache=cache, states=states, step=step, key=key,
             evidence=evidence, const=const, keep_cache=keep_cache, new_rows=new_rows,
         )  # fmt: skip
-        evidence |= found
+        evidence |= _over_depth(program, evidence, found, a > start)
         aux.append(extra)
         if keep_cache:
-            done.append(pending)
+            done.append(pending if cache is not None else pending.replace(shift=shift))
         for cut in cuts:
             streams = _cut(params, program, arrays, streams, cut, evidence, mask=mask, step=step, key=key, phase=phase)
+            if getattr(cut.transform, "positions", "original") == "fresh":
+                streams = streams.replace(meta=fresh(streams.meta)[0])
+                shift = _last(streams.meta.pos, streams.meta.valid) - _last(streams.meta.rope, streams.meta.valid)
     if keep_cache and phase == "prefill":
         done = _join_caches(done)
     joined = jax.tree.map(lambda *x: jnp.concatenate(x), *aux) if aux and jax.tree.leaves(aux) else {}
@@ -176,12 +185,14 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
     spec = block.spec(program.layers, batch=batch, length=n + new_rows, dtype=streams.x.dtype.name)
     base = Ctx(step=step, key=key, const=const, phase=phase, site=program.site, spec=spec)
     groups = streams.spans()
-    needs = [x for x in program.needs if a <= int(x.at.rsplit(".", 1)[1]) < b] if phase not in ("decode", "extend") else []
+    asked = program.needs if phase not in ("decode", "extend") else ()
+    every = [x for x in asked if x.at.endswith(".*")]
+    needs = [x for x in asked if not x.at.endswith(".*") and a <= int(x.at.rsplit(".", 1)[1]) < b]
     if keep_cache:
         if cache is None:
             policy_params = params_of(arrays, "cache")
             state = policy.init_state(spec.replace(layers=b - a))
-            cache = CacheStack(state, a, b)
+            cache = CacheStack(state, None, a, b)
         policy_params = params_of(arrays, "cache")
         shared = cache.state.shared
     else:
@@ -214,18 +225,19 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
                 views = tuple(w.replace(k=B.rotate(block, w.k, w.meta)) for w in views)
         call = Call(q_turned, k_turned, v, meta, meta, past=views, key=side, mask=mask, rope=block.rope)
         for i, steer in enumerate(program.steering):
-            if hasattr(steer, "call"):
+            if callable(getattr(steer, "call", None)):
                 call = steer.call(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], call, ctx)
         part, here, aux = _attend(program, arrays, call, ctx, here)
         out = part.out
         for i, steer in enumerate(program.steering):
-            if hasattr(steer, "heads"):
+            if callable(getattr(steer, "heads", None)):
                 name = f"steering.{i}"
                 out, here[name] = steer.heads(params_of(arrays, name), here[name], out, meta, ctx)
+        ask_here = lambda need: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence)  # noqa: E731
+        seen = {need.name: ask_here(need) for need in every}
         for need in needs:
             at = int(need.at.rsplit(".", 1)[1])
-            ask = lambda need=need: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence)  # noqa: E731
-            found = {**found, need.name: lax.cond(layer == at, ask, lambda need=need: found[need.name])}
+            found = {**found, need.name: lax.cond(layer == at, lambda n=need: ask_here(n), lambda n=need: found[n.name])}
         pending = ()
         if keep_cache:
             facts = {need.name: _live_evidence(need, call, part) for need in needs_of(policy) if need.at.endswith(".*")}
@@ -234,9 +246,9 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         x = B.attention_residual(p, block, x, out)
         x = B.mlp_residual(p, block, x)
         for i, steer in enumerate(program.steering):
-            if hasattr(steer, "hidden"):
+            if callable(getattr(steer, "hidden", None)):
                 x = steer.hidden(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], x, ctx)
-        ys = (pending, {name: s.layer for name, s in here.items()}, aux)
+        ys = (pending, {name: s.layer for name, s in here.items()}, aux, seen)
         return (x, shared, {name: s.shared for name, s in here.items()}, found), ys
 
     inputs = (jnp.arange(a, b), params["layers"] if whole else None)
@@ -245,15 +257,38 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         found = _blank_evidence(needs, program, streams, evidence)
     carry = (streams.x, shared, carry_states, found)
     step_fn = jax.checkpoint(body, prevent_cse=False) if program.remat and phase == "train" else body
-    (x, shared, carried, found), (pending, new_layer, aux) = lax.scan(step_fn, carry, inputs)
+    (x, shared, carried, found), (pending, new_layer, aux, seen) = lax.scan(step_fn, carry, inputs)
     states = {
         name: State(_replace_layers(states[name].layer, new_layer[name], a, b, program.layers), carried[name])
         for name in states
     }
     if keep_cache:
         state = policy.commit(policy_params, State(cache.state.layer, shared), pending)
-        pending = CacheStack(state, cache.start, cache.stop)
-    return streams.replace(x=x), states, found, pending, aux
+        pending = CacheStack(state, cache.shift, cache.start, cache.stop)
+    return streams.replace(x=x), states, found | seen, pending, aux
+
+
+def _over_depth(program, before: dict, found: dict, later: bool) -> dict:
+    """Evidence of every layer ("llm.*") grows by each segment's layers; other answers are what the segment found."""
+    for need in program.needs:
+        if later and need.at.endswith(".*") and need.name in found:
+            old, new = before[need.name], found[need.name]
+            expect(f"need {need.name!r} at {need.at}", f"{new.shape[1:]} after a cut", f"{old.shape[1:]} as before it",
+                   old.shape[1:] == new.shape[1:])  # fmt: skip
+            found = {**found, need.name: jnp.concatenate([old, new])}
+    return found
+
+
+def _last(pos, valid):
+    return jnp.max(jnp.where(valid, pos, 0), axis=1)
+
+
+def _shifted(streams: Streams, shift) -> Streams:
+    """New rows of a segment whose prompt was renumbered: rotary positions go on where the prompt's stopped."""
+    meta = streams.meta
+    if shift is None:
+        return streams.replace(meta=meta.replace(rope=None))
+    return streams.replace(meta=meta.replace(rope=meta.pos - shift[:, None]))
 
 
 def _at(tree, i):
@@ -273,7 +308,7 @@ def _side(program, arrays, here, h, k, v, meta, ctx) -> dict:
         if hasattr(kind, "side"):
             side |= kind.side(_kind_params(arrays, i, ctx.layer), h, k, v)
     for i, steer in enumerate(program.steering):
-        if hasattr(steer, "side"):
+        if callable(getattr(steer, "side", None)):
             side |= steer.side(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], meta, ctx)
     return side
 
@@ -365,30 +400,49 @@ def _cut(params, program, arrays, streams, cut, evidence, *, mask, step, key, ph
             asked[need.name] = ev.answer(need, call, None, hidden=streams.x, k_raw=k, groups=streams.spans(), evidence=asked)
     ctx = Ctx(layer=cut.layer, step=step, key=key, phase=phase, site=f"{program.site}.{cut.layer}",
               spec=block.spec(program.layers), hidden=streams.x)  # fmt: skip
-    return transform(record, params_of(arrays, cut.name), streams, acts_on, asked, ctx)
+    local = frozenset(need.name for need in (*program.needs, *following))
+    return transform(record, params_of(arrays, cut.name), streams, acts_on, asked, ctx, local)
 
 
-def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx) -> Streams:
-    """Apply a TokenTransform to one group of rows, with this stack's evidence cut to the group's columns."""
+def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx, local=frozenset()) -> Streams:
+    """Apply a TokenTransform to one group of rows, with the evidence of that group's rows.
+
+    ``local`` names facts whose columns are this stack's rows; per-key facts found elsewhere have a column per original
+    row of the group and follow its slots (a merged row gets the sum of its members).
+    """
     if acts_on == "all":
         expect("acts_on", f"{len(streams.groups)} groups", "one group for a transform of all rows", len(streams.groups) == 1)
         acts_on = streams.groups[0][0]
     start, stop = streams.span(acts_on)
-    total = streams.x.shape[1]
+    tokens = streams.tokens(acts_on)
     mine = dict(evidence)
     for need in needs_of(record):
-        found = mine.get(need.name)
-        if found is None or not hasattr(found, "shape"):
-            continue
-        if need.what in ("received", "rows") and found.shape[-1] == total:
-            mine[need.name] = found[..., start:stop]
-        elif need.what in ("hidden", "keys") and found.shape[1] == total:
-            mine[need.name] = found[:, start:stop]
-    tokens = streams.tokens(acts_on)
+        if need.name in local:
+            mine[need.name] = columns(need, mine[need.name], start, stop)
+        elif need.what in ("received", "rows") and mine.get(need.name) is not None and tokens.slot is not None:
+            mine[need.name] = _follow(mine[need.name], tokens.slot, stop - start)
     new, _, _ = record.apply(params, State(), tokens, mine, ctx)
     expect("rows", new.x.shape[1], f"the {record.rows(stop - start)} rows the transform declared",
            new.x.shape[1] == record.rows(stop - start))  # fmt: skip
     return streams.put(acts_on, new)
+
+
+def columns(need: Need, found: Array, start: int, stop: int) -> Array:
+    """The rows [start, stop) of a fact about all rows of a stack."""
+    if need.what in ("received", "rows", "entropy"):
+        return found[..., start:stop]
+    return found[:, start:stop] if need.what in ("hidden", "keys", "head_out") else found
+
+
+def _follow(found: Array, slot: Array, rows: int) -> Array:
+    """Per-key facts [B, ..., N0] of original rows as facts of the ``rows`` rows that now carry them."""
+    if found.shape[-1] != slot.shape[1]:
+        return found  # already about the rows at hand; the method checks the shape
+
+    def one(x, to):
+        return jnp.zeros((*x.shape[:-1], rows + 1), x.dtype).at[..., jnp.where(to < 0, rows, to)].add(x)[..., :rows]
+
+    return jax.vmap(one)(found, slot)
 
 
 # ------------------------------------------------------------------------------------------------------------ caches
@@ -400,7 +454,11 @@ def _join_caches(stacks: list[CacheStack]) -> list[CacheStack]:
     while len(stacks) > MAX_CACHES:
         widths = [_width(s) for s in stacks]
         costs = [abs(widths[i] - widths[i + 1]) for i in range(len(stacks) - 1)]
+        for i, (x, y) in enumerate(zip(stacks, stacks[1:], strict=False)):
+            if x.shift is not y.shift:  # one stack has one offset
+                costs[i] = np.inf
         i = int(np.argmin(costs))
+        expect("reduce", f"{len(stacks)} segments with positions of their own", f"at most {MAX_CACHES}", costs[i] < np.inf)
         stacks[i : i + 2] = [_join(stacks[i], stacks[i + 1])]
     return stacks
 
@@ -418,4 +476,4 @@ def _join(a: CacheStack, b: CacheStack) -> CacheStack:
         return jnp.concatenate([pad(x), pad(y)])
 
     layer = jax.tree.map(fit, a.state.layer, b.state.layer)
-    return CacheStack(State(layer, a.state.shared), a.start, b.stop)
+    return CacheStack(State(layer, a.state.shared), b.shift, a.start, b.stop)

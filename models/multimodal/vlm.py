@@ -165,8 +165,10 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     out = tower(bound, image, dtype=dtype, phase=phase)[0] if out is None else out
     streams = out.streams
     features = streams.tokens("vision")
-    facts = {**out.evidence, "features": features.x, "text": prompt}
     start, stop = streams.span("vision")
+    needs = {need.name: need for need in program.stack("vision").needs}
+    found = {name: stack.columns(needs[name], x, start, stop) for name, x in out.evidence.items() if name in needs}
+    facts = {**out.evidence, **found, "features": features.x, "text": prompt}
     ctx = Ctx(phase=phase, site="vision", key=key, spec=c.vision.block.spec(c.vision.layers))
     record = program.transform("vision")
     site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
@@ -179,11 +181,6 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     visual = visual.replace(slots={"vision": kept.slot})
     record = program.transform("project")
     if record is not None:
-        total = out.streams.x.shape[1]
-        for need in needs_of(record):
-            found = facts.get(need.name)
-            if hasattr(found, "shape") and need.what == "received" and found.shape[-1] == total:
-                facts[need.name] = found[..., start:stop]
         ctx = Ctx(phase=phase, site="project", key=key, spec=ctx.spec)
         visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts, ctx)
     rows = visual.tokens("vision")
