@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxattn import registry
 from jaxattn.core import types
-from jaxattn.core.types import Need, Spec, contract, expect, is_contract, split
+from jaxattn.core.types import Need, contract, expect, is_contract, split
 
 
 @contract

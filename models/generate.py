@@ -51,8 +51,10 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     """
     program, arrays, params = bound
     sampler = sampling.greedy() if sampler is None else sampler
+    language_stack = program.stack("llm")
+    stateful = all(getattr(a, "recurrent", False) for a in language_stack.attention)
     expect("cache", None, "a policy bound to the model, e.g. bind(model, cache=cache.full())",
-           program.stack("llm").cache is not None or all(getattr(a, "recurrent", False) for a in program.stack("llm").attention))  # fmt: skip
+           language_stack.cache is not None or stateful)  # fmt: skip
     b, t = tokens.shape
     lengths = jnp.full(b, t, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     key = jax.random.key(0) if key is None else key
@@ -96,7 +98,8 @@ def _sample(sampler, params, state: Decoding, logits, hidden, stop=None) -> Deco
     return state.replace(token=token, sampler=sampler_state, done=done)
 
 
-def decode(bound: Bound, state: Decoding, *, sampler=None, sampler_params=None, stop=None, dtype=None) -> tuple[Array, Decoding]:
+def decode(bound: Bound, state: Decoding, *, sampler=None, sampler_params=None, stop=None,
+           dtype=None) -> tuple[Array, Decoding]:  # fmt: skip
     """Feed ``state.token``; returns (logits [B, V], the next Decoding). Pure: jit it with the caches donated."""
     program, arrays, params = bound
     sampler = sampling.greedy() if sampler is None else sampler
@@ -168,7 +171,8 @@ def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sample
 
 def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype):
     tokens = jnp.asarray(tokens, jnp.int32)
-    expect("tokens", f"shape {tokens.shape}", "[batch, prompt tokens], at least one each", tokens.ndim == 2 and tokens.shape[1] > 0)
+    expect("tokens", f"shape {tokens.shape}", "[batch, prompt tokens], at least one each",
+           tokens.ndim == 2 and tokens.size > 0)  # fmt: skip
     sampler, params = split(sampling.greedy() if sampler is None else sampler)
     key = jax.random.key(0) if key is None else key
     _, state = _start(bound.program, sampler, bound.arrays, bound.params, params, tokens, image, lengths, key, max_new=steps,

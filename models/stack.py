@@ -19,7 +19,18 @@ from jaxattn.core import mask as masks
 from jaxattn.core import statistics
 from jaxattn.core.reduce import fresh
 from jaxattn.core.types import (
-    Array, Call, Ctx, Meta, Need, Part, State, Tokens, data, default_state, expect, static,
+    Array,
+    Call,
+    Ctx,
+    Meta,
+    Need,
+    Part,
+    State,
+    Tokens,
+    data,
+    default_state,
+    expect,
+    static,
 )  # fmt: skip
 from jaxattn.nn import block as B
 from jaxattn.nn import layers
@@ -198,7 +209,6 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
     else:
         shared, policy_params = (), {}
     whole = a == 0 and b == program.layers  # no cut: parameters travel as plain scan inputs
-    kinds = program.attention
     layer_states = {name: s.layer for name, s in states.items()}
     carry_states = {name: s.shared for name, s in states.items()}
 
@@ -237,7 +247,8 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         seen = {need.name: ask_here(need) for need in every}
         for need in needs:
             at = int(need.at.rsplit(".", 1)[1])
-            found = {**found, need.name: lax.cond(layer == at, lambda n=need: ask_here(n), lambda n=need: found[n.name])}
+            kept = found[need.name]
+            found = {**found, need.name: lax.cond(layer == at, lambda n=need: ask_here(n), lambda old=kept: old)}
         pending = ()
         if keep_cache:
             facts = {need.name: _live_evidence(need, call, part) for need in needs_of(policy) if need.at.endswith(".*")}

@@ -30,8 +30,8 @@ def scene_config(vocab: int, *, canvas: int = 96, patch: int = 8, vision_dim: in
                  vision_heads: int = 4, dim: int = 96, n_layers: int = 3, heads: int = 4, kv_heads: int | None = None,
                  hidden: int = 256, channels: int = 1) -> vlm.VLMConfig:  # fmt: skip
     """About 0.6 M parameters at the defaults: 144 visual tokens of overlapping 16 x 16 windows, a 3-layer language model."""
-    tower = vit.config(canvas, patch, vision_layers, vision_dim, vision_heads, channels=channels, stem=2 * patch, stem_hidden=128,
-                       pos_scale=0.5, activation="gelu_tanh")  # fmt: skip
+    tower = vit.config(canvas, patch, vision_layers, vision_dim, vision_heads, channels=channels, stem=2 * patch,
+                       stem_hidden=128, pos_scale=0.5, activation="gelu_tanh")  # fmt: skip
     language = llm.config(vocab, n_layers, dim, heads, kv_heads=kv_heads, hidden=hidden, base=1000.0, length=256)
     return vlm.VLMConfig(tower, language, 2 * dim, select=-2, projector_norm=True, position=True)
 
@@ -123,29 +123,29 @@ def evaluate(bound: Bound, batches, *, limit: int | None = None) -> dict[str, An
 
     Returns {"accuracy": {kind: share}, "count": {kind: questions}, "yes_recall", "no_recall", "correct": per-kind arrays}.
     """
-    right: dict[str, list] = {k: [] for k in KINDS}
-    yes: list = []
-    no: list = []
+    found: list = []
     for i, batch in enumerate(batches):
         if limit is not None and i >= limit:
             break
         keep = {k: batch[k] for k in ("image", "tokens", "segment", "position", "questions")}
         predicted, _ = _answers(bound.program, bound.arrays, bound.params, keep)
-        good = np.asarray(predicted) == batch["answers"]
-        for n, kind in enumerate(KINDS):
-            right[kind].append(good[batch["kind"] == n])
-        presence = batch["kind"] == KINDS.index("presence")
-        said = batch["answers"][presence]
-        # Presence alternates between two answers; the larger id is "no" in the vocabulary's order yes, no.
-        yes_id = said.min() if said.size else 0
-        yes.append(good[presence][said == yes_id])
-        no.append(good[presence][said != yes_id])
-    joined = {k: np.concatenate(v) for k, v in right.items() if v}
+        found.append((np.asarray(predicted), batch["answers"], batch["kind"]))
+    return scores(*(np.concatenate(x) for x in zip(*found, strict=True)))
+
+
+def scores(predicted: np.ndarray, answers: np.ndarray, kind: np.ndarray) -> dict[str, Any]:
+    """What ``evaluate`` returns, from words predicted and right and the questions' kinds, each [S, Q]."""
+    good = predicted == answers
+    right = {name: good[kind == n] for n, name in enumerate(KINDS)}
+    presence = kind == KINDS.index("presence")
+    # Presence alternates between two answers; the larger id is "no" in the vocabulary's order yes, no.
+    said, good = answers[presence], good[presence]
+    yes_id = said.min() if said.size else 0
     mean = lambda x: float(np.mean(x)) if len(x) else float("nan")  # noqa: E731
     return {
-        "accuracy": {k: mean(v) for k, v in joined.items()},
-        "count": {k: int(v.size) for k, v in joined.items()},
-        "yes_recall": mean(np.concatenate(yes)),
-        "no_recall": mean(np.concatenate(no)),
-        "correct": joined,
+        "accuracy": {k: mean(v) for k, v in right.items()},
+        "count": {k: int(v.size) for k, v in right.items()},
+        "yes_recall": mean(good[said == yes_id]),
+        "no_recall": mean(good[said != yes_id]),
+        "correct": right,
     }

@@ -22,7 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.record import (
-    OPERAND, Const, Spec, bucket, contract, data, expect, init_params, is_contract, operand, split, static,
+    OPERAND,
+    Const,
+    Spec,
+    bucket,
+    contract,
+    data,
+    expect,
+    init_params,
+    is_contract,
+    operand,
+    split,
+    static,
 )  # fmt: skip
 
 Array = jax.Array
@@ -202,7 +213,8 @@ class Ctx:
       layer: int32 scalar (traced inside the scan).  step: int32 scalar; tokens generated so far.
       key: PRNG key or None.  x: the block's normalised input [B, N, C].  hidden: the residual stream [B, N, C].
       const: read-only memory (e.g. visual rows for cross attention).
-      phase: "train" | "prefill" (nothing cached before) | "extend" (several rows after a cache) | "decode" (one row).  site: "vision" | "llm" | "llm.8" ...  spec: the stack's Spec.
+      phase: "train" | "prefill" (nothing cached before) | "extend" (several rows after a cache) |
+        "decode" (one row).  site: "vision" | "llm" | "llm.8" ...  spec: the stack's Spec.
     """
 
     layer: Any = 0

@@ -38,7 +38,8 @@ def config(vocab: int, layers: int, dim: int, heads: int, *, kv_heads: int | Non
     head_dim = dim // heads if head_dim is None else head_dim
     turn = Rope(head_dim, base) if rope is True else rope or None
     hidden = -(-dim * 8 // 3 // 32) * 32 if hidden is None else hidden
-    return LLMConfig(vocab, layers, BlockConfig(dim, heads, kv_heads or heads, head_dim, hidden, rope=turn, **block), tie, length)
+    layer = BlockConfig(dim, heads, kv_heads or heads, head_dim, hidden, rope=turn, **block)
+    return LLMConfig(vocab, layers, layer, tie, length)
 
 
 class LLM(nnx.Module):

@@ -65,7 +65,8 @@ def config(image: int | tuple, patch: int, layers: int, dim: int, heads: int, *,
     """A ViTConfig from the usual sizes; ``vit`` takes every other field of ViTConfig."""
     image = (image, image) if isinstance(image, int) else tuple(image)
     block = BlockConfig(dim, heads, heads, dim // heads, hidden or 4 * dim, norm=norm, activation=activation, gated=False,
-                        qkv_bias=bias, out_bias=bias, mlp_bias=bias, causal=False, eps=eps, layer_scale=layer_scale)  # fmt: skip
+                        qkv_bias=bias, out_bias=bias, mlp_bias=bias, causal=False, eps=eps,
+                        layer_scale=layer_scale)  # fmt: skip
     return ViTConfig(image, channels, patch, layers, block, **vit)
 
 

@@ -44,7 +44,7 @@ def _units(x, g: int, r: int):
 
 def _arrange(o: dict, opt):
     """Split operands into differentiable and integer ones, row-wise (by query tile) and key-wise (by unit)."""
-    (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
+    h, g = o["q"].shape[2], o["k"].shape[2]
     r, t, u = h // g, opt.tile, opt.unit
     index, count = _units(o["index"], g, r), _units(o["count"], g, r)
     pad = -index.shape[-1] % opt.step
