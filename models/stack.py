@@ -34,6 +34,7 @@ from jaxattn.core.types import (
 )  # fmt: skip
 from jaxattn.nn import block as B
 from jaxattn.nn import layers
+from jaxattn.nn.partition import STREAM, constrain
 from models import evidence as ev
 from models.bind import StackProgram, needs_of, params_of
 
@@ -214,6 +215,7 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
 
     def body(carry, inputs):
         x, shared, carried, found = carry
+        x = constrain(x, STREAM)  # else the parameters' layout wins, and every device gets all rows of the batch
         layer, p = inputs
         if p is None:
             p = _at(params["layers"], layer)

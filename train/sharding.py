@@ -15,22 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxattn.nn.partition import LOGICAL_AXES, spec
+
 log = logging.getLogger(__name__)
 
 # data: rows of the batch; fsdp: rows as well, and parameters along `embed`; sequence: tokens; tensor: heads,
 # mlp and vocabulary. The order is that of the devices: neighbours, which talk most, share `tensor`; processes
 # differ in `data` first.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-
-LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": ("sequence",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-    "embed": ("fsdp",),
-    "layers": (),
-}
 
 # Pattern searched in the path -> logical axes of the trailing dimensions (None: whole on every device). The
 # first that fits counts; the leading dimension of a stack ([L, ...], below "layers") is added by itself.
@@ -104,29 +96,6 @@ def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
     return (*axes, *[None] * (ndim - len(axes)))
 
 
-def spec(
-    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, notes: list[str] | None = None
-) -> PartitionSpec:
-    """Mesh axes of an array of `shape` whose dimensions are called `axes`.
-
-    A dimension that its mesh axes do not divide stays whole, and `notes` says so.
-    """
-    if len(shape) != len(axes):
-        raise ValueError(f"axes: expected one for each dimension of {tuple(shape)}, got {tuple(axes)}")
-    entries: list[str | tuple[str, ...] | None] = []
-    for size, axis in zip(shape, axes, strict=True):
-        if axis is not None and axis not in LOGICAL_AXES:
-            raise ValueError(f"axes: expected names among {', '.join(LOGICAL_AXES)}, got {axis!r}")
-        names = tuple(a for a in LOGICAL_AXES.get(axis, ()) if mesh.shape.get(a, 1) > 1)
-        parts = math.prod(mesh.shape[a] for a in names)
-        if size % parts:
-            if notes is not None:
-                notes.append(f"{axis} = {size} is not a multiple of {' x '.join(names)} = {parts}: kept whole")
-            names = ()
-        entries.append(names[0] if len(names) == 1 else names or None)
-    return PartitionSpec(*entries)
-
-
 def _tree_shardings(tree: Any, mesh: Mesh, name_axes) -> Any:
     notes: dict[str, list[str]] = {}
 
@@ -192,14 +161,6 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(where, leaf, shape)
 
     return jax.tree_util.tree_map_with_path(one, batch)
-
-
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Ask for the layout of `axes` (logical names) inside a jitted function; `x` itself if no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

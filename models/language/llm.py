@@ -12,6 +12,7 @@ from jaxattn.core.rope import Rope
 from jaxattn.core.types import Array, Meta, contract, data, expect
 from jaxattn.nn import layers
 from jaxattn.nn.block import BlockConfig, make_stack
+from jaxattn.nn.partition import constrain
 from models import stack
 from models.bind import Bound, Program, bind_stack, subset
 
@@ -104,7 +105,8 @@ def head(params: dict, c: LLMConfig, x: Array) -> Array:
     """Logits float32 [..., V] of normalised hidden rows."""
     kernel = params["embed"]["embedding"].T if c.tie else params["head"]["kernel"]
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=acc)
+    logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=acc)
+    return constrain(logits, ("batch", "length", "vocab")) if x.ndim == 3 else logits
 
 
 def forward(bound: Bound, tokens: Array, *, meta: Meta | None = None, mask=None, phase: str = "train", dtype=None,

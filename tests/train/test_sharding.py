@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxattn.nn.partition import constrain
 from tests.train import standin
 from train import sharding
 from train.loop import initial_state, loss_and_gradients, make_step
@@ -74,9 +75,9 @@ def test_batches_are_cut_by_rows_and_the_record_by_tokens():
 
 def test_constrain_follows_the_mesh_and_is_nothing_without_one():
     x = jnp.ones((8, 4, 8))
-    assert sharding.constrain(x, ("batch", None, "heads")) is x
+    assert constrain(x, ("batch", None, "heads")) is x
     with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
-        y = jax.jit(lambda x: sharding.constrain(x, ("batch", "length", "heads")))(x)
+        y = jax.jit(lambda x: constrain(x, ("batch", "length", "heads")))(x)
     assert {s.data.shape for s in y.addressable_shards} == {(2, 4, 4)}
     with pytest.raises(ValueError, match="expected one for each dimension"):
         sharding.spec((2, 3), ("batch",), sharding.make_mesh())
