@@ -38,6 +38,7 @@ from jaxattn.nn.partition import STREAM, constrain
 from models import evidence as ev
 from models.bind import StackProgram, needs_of, params_of
 
+PER_KEY = ("received", "value_received", "rows")  # evidence with a column per key
 MAX_CACHES = 4  # segments with different numbers of rows share at most this many cache stacks
 
 
@@ -77,6 +78,8 @@ class Streams:
             old = old.replace(size=jnp.ones(old.pos.shape, jnp.float32))
         if new.meta.rope is not None and old.rope is None:
             old = old.replace(rope=old.pos)
+        more = {label: jnp.zeros_like(old.pos) for label in new.meta.labels if label not in old.labels}
+        old = old.replace(labels={**old.labels, **more})
         meta = jax.tree.map(join, old, jax.tree.map(jnp.asarray, new.meta))
         return Streams(join(self.x, new.x), meta, {**self.slots, name: new.slot}, groups)
 
@@ -163,7 +166,7 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         cuts = [c for c in program.cuts if start < c.layer < stop]
         edges = [start, *sorted({c.layer for c in cuts}), stop]
         pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
-    shift = None
+    shift, carried = None, {}
     for a, b, cache, cuts in pieces:
         if cache is not None:
             streams = _shifted(streams, cache.shift)
@@ -176,7 +179,8 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         if keep_cache:
             done.append(pending if cache is not None else pending.replace(shift=shift))
         for cut in cuts:
-            streams = _cut(params, program, arrays, streams, cut, evidence, mask=mask, step=step, key=key, phase=phase)
+            streams, carried = _cut(params, program, arrays, streams, cut, evidence, carried, mask=mask, step=step, key=key,
+                                    phase=phase)  # fmt: skip
             if getattr(cut.transform, "positions", "original") == "fresh":
                 streams = streams.replace(meta=fresh(streams.meta)[0])
                 shift = _last(streams.meta.pos, streams.meta.valid) - _last(streams.meta.rope, streams.meta.valid)
@@ -245,7 +249,9 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
             if callable(getattr(steer, "heads", None)):
                 name = f"steering.{i}"
                 out, here[name] = steer.heads(params_of(arrays, name), here[name], out, meta, ctx)
-        ask_here = lambda need: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence)  # noqa: E731
+        blocks = lambda x=x, out=out: _blocks(p, block, h, x, out)  # noqa: E731
+        ask_here = lambda need, x=x: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence,  # noqa: E731
+                                               blocks=blocks)  # fmt: skip
         seen = {need.name: ask_here(need) for need in every}
         for need in needs:
             at = int(need.at.rsplit(".", 1)[1])
@@ -304,6 +310,11 @@ def _shifted(streams: Streams, shift) -> Streams:
     return streams.replace(meta=meta.replace(rope=meta.pos - shift[:, None]))
 
 
+def _blocks(p, block, h, x, out):
+    """((normalised input, output), ...) of the attention and the feed-forward sub-block."""
+    return (h, B.attention_output(p, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out))
+
+
 def _at(tree, i):
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
 
@@ -337,8 +348,8 @@ def _attend(program, arrays, call, ctx, here):
 
     def apply(i):
         name = f"attention.{i}"
-        part, state, aux = kinds[i].apply(_kind_params(arrays, i, ctx.layer), here[name], call, ctx)
-        return part, state, aux
+        own = call.replace(past=()) if getattr(kinds[i], "recurrent", False) else call  # its past is its state
+        return kinds[i].apply(_kind_params(arrays, i, ctx.layer), here[name], own, ctx)
 
     if len(kinds) == 1:
         part, state, aux = apply(0)
@@ -387,7 +398,8 @@ def _blank_evidence(needs, program, streams, evidence) -> dict:
             k = jnp.zeros((batch, n, block.kv_heads, block.head_dim), x.dtype)
             call = Call(q, k, k, streams.meta, streams.meta)
             part = Part(q, jnp.zeros(q.shape[:3], acc))
-            return ev.answer(need, call, part, hidden=x, k_raw=k, groups=streams.spans(), evidence=evidence)
+            return ev.answer(need, call, part, hidden=x, k_raw=k, groups=streams.spans(), evidence=evidence,
+                             blocks=lambda: ((x, x), (x, x)))  # fmt: skip
 
         return jax.eval_shape(probe, streams.x)
 
@@ -397,8 +409,9 @@ def _blank_evidence(needs, program, streams, evidence) -> dict:
 # -------------------------------------------------------------------------------------------------------------- cuts
 
 
-def _cut(params, program, arrays, streams, cut, evidence, *, mask, step, key, phase) -> Streams:
-    """Apply one TokenTransform before layer ``cut.layer``; "next" evidence projects the rows through that layer."""
+def _cut(params, program, arrays, streams, cut, evidence, carried, *, mask, step, key, phase) -> tuple[Streams, dict]:
+    """Apply one TokenTransform before layer ``cut.layer``; "next" evidence projects the rows through that layer.
+    ``carried``: {name: State} from the cuts before."""
     record, block = cut.transform, program.block
     acts_on = getattr(record, "acts_on", "vision")
     asked = dict(evidence)
@@ -414,15 +427,22 @@ def _cut(params, program, arrays, streams, cut, evidence, *, mask, step, key, ph
     ctx = Ctx(layer=cut.layer, step=step, key=key, phase=phase, site=f"{program.site}.{cut.layer}",
               spec=block.spec(program.layers), hidden=streams.x)  # fmt: skip
     local = frozenset(need.name for need in (*program.needs, *following))
-    return transform(record, params_of(arrays, cut.name), streams, acts_on, asked, ctx, local)
+    name = getattr(record, "carries", None)
+    state = carried.get(name, State())
+    streams, state = _transform(record, params_of(arrays, cut.name), state, streams, acts_on, asked, ctx, local)
+    return streams, carried if name is None else {**carried, name: state}
 
 
 def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx, local=frozenset()) -> Streams:
     """Apply a TokenTransform to one group of rows, with the evidence of that group's rows.
 
     ``local`` names facts whose columns are this stack's rows; per-key facts found elsewhere have a column per original
-    row of the group and follow its slots (a merged row gets the sum of its members).
+    row of the group and follow its slots (a merged row gets the sum, or the maximum, of its members').
     """
+    return _transform(record, params, State(), streams, acts_on, evidence, ctx, local)[0]
+
+
+def _transform(record, params, state, streams, acts_on, evidence, ctx, local):
     if acts_on == "all":
         expect("acts_on", f"{len(streams.groups)} groups", "one group for a transform of all rows", len(streams.groups) == 1)
         acts_on = streams.groups[0][0]
@@ -432,28 +452,29 @@ def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ct
     for need in needs_of(record):
         if need.name in local:
             mine[need.name] = columns(need, mine[need.name], start, stop)
-        elif need.what in ("received", "rows") and mine.get(need.name) is not None and tokens.slot is not None:
-            mine[need.name] = _follow(mine[need.name], tokens.slot, stop - start)
-    new, _, _ = record.apply(params, State(), tokens, mine, ctx)
+        elif need.what in PER_KEY and mine.get(need.name) is not None and tokens.slot is not None:
+            mine[need.name] = _follow(mine[need.name], tokens.slot, stop - start, need.merged)
+    new, state, _ = record.apply(params, state, tokens, mine, ctx)
     expect("rows", new.x.shape[1], f"the {record.rows(stop - start)} rows the transform declared",
            new.x.shape[1] == record.rows(stop - start))  # fmt: skip
-    return streams.put(acts_on, new)
+    return streams.put(acts_on, new), state
 
 
 def columns(need: Need, found: Array, start: int, stop: int) -> Array:
     """The rows [start, stop) of a fact about all rows of a stack."""
-    if need.what in ("received", "rows", "entropy"):
+    if need.what in (*PER_KEY, "entropy", "transition"):
         return found[..., start:stop]
-    return found[:, start:stop] if need.what in ("hidden", "keys", "head_out") else found
+    return found[:, start:stop] if need.what in ("hidden", "keys", "rotated_keys", "values", "head_out") else found
 
 
-def _follow(found: Array, slot: Array, rows: int) -> Array:
+def _follow(found: Array, slot: Array, rows: int, merged: str = "sum") -> Array:
     """Per-key facts [B, ..., N0] of original rows as facts of the ``rows`` rows that now carry them."""
     if found.shape[-1] != slot.shape[1]:
         return found  # already about the rows at hand; the method checks the shape
 
     def one(x, to):
-        return jnp.zeros((*x.shape[:-1], rows + 1), x.dtype).at[..., jnp.where(to < 0, rows, to)].add(x)[..., :rows]
+        out = jnp.zeros((*x.shape[:-1], rows + 1), x.dtype).at[..., jnp.where(to < 0, rows, to)]
+        return (out.max(x) if merged == "max" else out.add(x))[..., :rows]
 
     return jax.vmap(one)(found, slot)
 
