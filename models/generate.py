@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattn.core.types import Array, Ctx, Meta, data, expect, split
 from models import sampling, stack
@@ -132,14 +133,14 @@ def _step(program, sampler, arrays, params, sampler_params, state, stop, *, dtyp
 def _steps(program, sampler, arrays, params, sampler_params, state, stop, pad, *, steps, dtype):
     bound = Bound(program, arrays, params)
 
-    def one(state, _):
-        emitted = jnp.where(state.done & (state.token != stop), pad, state.token)
-        was_done = state.done
-        _, state = decode(bound, state, sampler=sampler, sampler_params=sampler_params, stop=stop, dtype=dtype)
-        return state.replace(done=was_done | state.done, token=jnp.where(was_done, pad, state.token)), emitted
+    def one(carry, _):
+        state, over = carry
+        _, after = decode(bound, state, sampler=sampler, sampler_params=sampler_params, stop=stop, dtype=dtype)
+        return (after, state.done), jnp.where(over, pad, state.token)
 
-    state, tokens = jax.lax.scan(one, state, None, length=steps)
-    return jnp.moveaxis(tokens, 0, 1), state
+    (state, over), tokens = jax.lax.scan(one, (state, jnp.zeros_like(state.done)), None, length=steps - 1)
+    last = jnp.where(over, pad, state.token)
+    return jnp.concatenate([jnp.moveaxis(tokens, 0, 1), last[:, None]], 1), state
 
 
 def generate(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sampler=None, stop: int | None = None, pad: int = 0,
@@ -157,14 +158,17 @@ def generate(bound: Bound, tokens, *, steps: int, image=None, lengths=None, samp
     return new
 
 
-def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sampler=None, stop: int | None = None, key=None,
-           dtype=None) -> Iterator[Array]:  # fmt: skip
-    """Like ``generate``, token by token: yields int32 [B]; stops early once every row is done."""
+def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sampler=None, stop: int | None = None, pad: int = 0,
+           key=None, dtype=None) -> Iterator[Array]:  # fmt: skip
+    """Like ``generate``, token by token: yields int32 [B]; ends early once every row is done."""
+    expect("steps", steps, "at least 1", steps >= 1)
     program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype)
     stop = jnp.int32(-1 if stop is None else stop)
+    over = jnp.zeros(state.done.shape, bool)
     for i in range(steps):
-        yield state.token
-        if i + 1 == steps or bool(state.done.all()):
+        emitted, over = jnp.where(over, pad, state.token), jnp.copy(state.done)  # the next step overwrites the state
+        yield emitted
+        if i + 1 == steps or bool(over.all()):
             return
         _, state = _step(program, sampler, bound.arrays, bound.params, params, state, stop, dtype=dtype)
 
@@ -173,6 +177,10 @@ def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype):
     tokens = jnp.asarray(tokens, jnp.int32)
     expect("tokens", f"shape {tokens.shape}", "[batch, prompt tokens], at least one each",
            tokens.ndim == 2 and tokens.size > 0)  # fmt: skip
+    if lengths is not None:
+        lengths = np.asarray(lengths, np.int32)
+        expect("lengths", lengths.tolist(), f"{tokens.shape[0]} numbers between 1 and {tokens.shape[1]}",
+               lengths.shape == tokens.shape[:1] and lengths.min() >= 1 and lengths.max() <= tokens.shape[1])  # fmt: skip
     sampler, params = split(sampling.greedy() if sampler is None else sampler)
     key = jax.random.key(0) if key is None else key
     _, state = _start(bound.program, sampler, bound.arrays, bound.params, params, tokens, image, lengths, key, max_new=steps,
