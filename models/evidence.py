@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxattn.core import statistics
 from jaxattn.core.types import Array, Call, Meta, Need, Part, is_contract
 
+PER_KEY = ("received", "value_received", "rows")  # evidence with a column per key
+
 
 def row_weights(rows, meta: Meta, groups: dict, evidence: dict, total: bool) -> tuple[Array | None, Array]:
     """(index [B, R] of the query rows that matter, or None for all; weights [B, R]); groups: {name: (start, stop)}."""
@@ -52,18 +54,35 @@ def over_heads(x: Array, how: str | None) -> Array:
     return {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](x, axis=1)
 
 
-def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: dict, evidence: dict) -> Array:
+def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: dict, evidence: dict, blocks=None) -> Array:
     """The evidence one Need asks of a layer whose call (rotated q, k) is given; ``part`` is its merged result or None
-    where the layer has not run (a cut asks the layer that comes next)."""
+    where the layer has not run (a cut asks the layer that comes next). ``blocks()``: ((input, output), ...) [B, N, C] of
+    its sub-blocks."""
     if need.what == "hidden":
         return jax.lax.stop_gradient(hidden)
     if need.what == "keys":
         return jax.lax.stop_gradient(k_raw)
+    if need.what in ("rotated_keys", "values"):
+        return jax.lax.stop_gradient(call.k if need.what == "rotated_keys" else call.v)
     if need.what == "head_out":
         return jax.lax.stop_gradient(part.out)
+    if need.what == "transition":
+        if blocks is None:
+            raise ValueError(f"need {need.name!r}: expected a layer that has run for 'transition', got at={need.at!r}")
+        valid = _batched(call.q_meta, call.q.shape[0]).valid
+        return sum(statistics.transition(*jax.lax.stop_gradient(pair), valid) for pair in blocks())
     call = jax.lax.stop_gradient(call)
     batch, n = call.q.shape[:2]
     meta = _batched(call.q_meta, batch)
+    if is_contract(need.rows) and getattr(need.rows, "given", None) is not None:
+        given = need.rows.given
+        found = answer(given, call, part, hidden=hidden, k_raw=k_raw, groups=groups, evidence=evidence, blocks=blocks)
+        evidence = {**evidence, given.name: found}
+    if need.what == "value_received":
+        values = jnp.repeat(call.v, call.q.shape[2] // call.v.shape[2], axis=2)
+        call, part = call.replace(q=values, k=call.v, scale=call.v.shape[-1] ** -0.5), None
+    if need.what == "between":
+        return _between(need, call, None if part is None else part.lse, meta, groups)
     index, weights = row_weights(need.rows, meta, groups, evidence, need.total)
     if need.what == "received" and need.iterate > 1:
         found = statistics.iterated(call, jnp.broadcast_to(weights, (batch, n)), need.iterate, need.temperature)
@@ -80,11 +99,56 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
         lse = statistics.log_mass(call, need.temperature)
     if need.what == "rows":
         every = jnp.broadcast_to(jnp.arange(call.q.shape[1]), call.q.shape[:2])
-        return over_heads(statistics.rows(call, every, lse)[0], need.over_heads)
-    if need.what != "received":
+        found = over_heads(statistics.rows(call, every, lse)[0], need.over_heads)
+        return jnp.where((weights > 0)[..., None] if found.ndim == 3 else (weights > 0)[:, None, :, None], found, 0)
+    if need.what not in ("received", "value_received"):
         raise ValueError(f"need {need.name!r}: unknown kind of evidence {need.what!r}")
     own, _ = statistics.received(call, lse, weights, temperature=need.temperature)
     return over_heads(own, need.over_heads)
+
+
+def _between(need: Need, call: Call, lse, meta: Meta, groups: dict) -> Array:
+    """[B, groups, groups]: mean over the valid rows of one group of their mass on another, heads averaged."""
+    lse = statistics.log_mass(call) if lse is None else jax.lax.stop_gradient(lse)
+    found = []
+    for name in groups:
+        index, weights = row_weights(name, meta, groups, {})
+        rows = statistics.rows_call(call, index)
+        own, _ = statistics.received(rows, jnp.take_along_axis(lse, index[..., None], axis=1), weights)
+        own = own.mean(1)
+        found.append(jnp.stack([own[:, a:b].sum(-1) for a, b in groups.values()], -1))
+    return jnp.stack(found, 1)
+
+
+def columns(need: Need, found: Array, start: int, stop: int) -> Array:
+    """The rows [start, stop) of a fact about all rows of a stack."""
+    if need.what in (*PER_KEY, "entropy", "transition"):
+        return found[..., start:stop]
+    return found[:, start:stop] if need.what in ("hidden", "keys", "rotated_keys", "values", "head_out") else found
+
+
+def follow(found: Array, slot: Array, rows: int, merged: str = "sum") -> Array:
+    """Per-key facts [B, ..., N0] of original rows as facts of the ``rows`` rows that now carry them."""
+    if found.shape[-1] != slot.shape[1]:
+        return found  # already about the rows at hand; the method checks the shape
+
+    def one(x, to):
+        out = jnp.zeros((*x.shape[:-1], rows + 1), x.dtype).at[..., jnp.where(to < 0, rows, to)]
+        return (out.max(x) if merged == "max" else out.add(x))[..., :rows]
+
+    return jax.vmap(one)(found, slot)
+
+
+def unfollow(found: Array, slot: Array) -> Array:
+    """Per-key facts [B, ..., M] of rows as facts [B, ..., N0] of the original rows in ``slot`` [B, N0]: the first member
+    of a row carries its fact and the others 0, so that ``follow`` gives the rows' facts back."""
+    m = found.shape[-1]
+
+    def one(x, to):
+        first = jnp.full(m + 1, to.shape[0]).at[jnp.where(to < 0, m, to)].min(jnp.arange(to.shape[0]))[:m]
+        return jnp.zeros((*x.shape[:-1], to.shape[0]), x.dtype).at[..., first].set(x, mode="drop")
+
+    return jax.vmap(one)(found, slot)
 
 
 def _batched(meta: Meta, batch: int) -> Meta:

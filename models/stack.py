@@ -38,7 +38,6 @@ from jaxattn.nn.partition import STREAM, constrain
 from models import evidence as ev
 from models.bind import StackProgram, needs_of, params_of
 
-PER_KEY = ("received", "value_received", "rows")  # evidence with a column per key
 MAX_CACHES = 4  # segments with different numbers of rows share at most this many cache stacks
 
 
@@ -231,14 +230,15 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         if keep_cache and hasattr(policy, "positions"):
             meta = policy.positions(policy_params, cache_state, meta, ctx)
         q, k, v = B.project(p["attn"], block, h)
-        q_turned, k_turned = B.rotate(block, q, meta), B.rotate(block, k, meta)
+        length = B.rotary_length(block, meta)
+        q_turned, k_turned = B.rotate(block, q, meta, length), B.rotate(block, k, meta, length)
         side = _side(program, arrays, here, h, k, v, meta, ctx)
         views: tuple = ()
         if keep_cache and phase != "prefill":
             q_seen, k_seen = (q_turned, k_turned) if policy.rotated else (q, k)
             views, shared = policy.view(policy_params, cache_state, q_seen, k_seen, meta, ctx)
             if not policy.rotated:
-                views = tuple(w.replace(k=B.rotate(block, w.k, w.meta)) for w in views)
+                views = tuple(w.replace(k=B.rotate(block, w.k, w.meta, length)) for w in views)
         call = Call(q_turned, k_turned, v, meta, meta, past=views, key=side, mask=mask, rope=block.rope)
         for i, steer in enumerate(program.steering):
             if callable(getattr(steer, "call", None)):
@@ -451,32 +451,13 @@ def _transform(record, params, state, streams, acts_on, evidence, ctx, local):
     mine = dict(evidence)
     for need in needs_of(record):
         if need.name in local:
-            mine[need.name] = columns(need, mine[need.name], start, stop)
-        elif need.what in PER_KEY and mine.get(need.name) is not None and tokens.slot is not None:
-            mine[need.name] = _follow(mine[need.name], tokens.slot, stop - start, need.merged)
+            mine[need.name] = ev.columns(need, mine[need.name], start, stop)
+        elif need.what in ev.PER_KEY and mine.get(need.name) is not None and tokens.slot is not None:
+            mine[need.name] = ev.follow(mine[need.name], tokens.slot, stop - start, need.merged)
     new, state, _ = record.apply(params, state, tokens, mine, ctx)
     expect("rows", new.x.shape[1], f"the {record.rows(stop - start)} rows the transform declared",
            new.x.shape[1] == record.rows(stop - start))  # fmt: skip
     return streams.put(acts_on, new), state
-
-
-def columns(need: Need, found: Array, start: int, stop: int) -> Array:
-    """The rows [start, stop) of a fact about all rows of a stack."""
-    if need.what in (*PER_KEY, "entropy", "transition"):
-        return found[..., start:stop]
-    return found[:, start:stop] if need.what in ("hidden", "keys", "rotated_keys", "values", "head_out") else found
-
-
-def _follow(found: Array, slot: Array, rows: int, merged: str = "sum") -> Array:
-    """Per-key facts [B, ..., N0] of original rows as facts of the ``rows`` rows that now carry them."""
-    if found.shape[-1] != slot.shape[1]:
-        return found  # already about the rows at hand; the method checks the shape
-
-    def one(x, to):
-        out = jnp.zeros((*x.shape[:-1], rows + 1), x.dtype).at[..., jnp.where(to < 0, rows, to)]
-        return (out.max(x) if merged == "max" else out.add(x))[..., :rows]
-
-    return jax.vmap(one)(found, slot)
 
 
 # ------------------------------------------------------------------------------------------------------------ caches

@@ -301,6 +301,28 @@ def rows(call: Call, index: Array, lse: Array | None = None):
     return found[0], tuple(found[1:])
 
 
+# ---------------------------------------------------------------------------------------------------------- transition
+
+
+def transition(x_in: Array, x_out: Array, valid: Array | None = None) -> Array:
+    """How far a sub-block moves each row: |x_out| / |x_in| * softmax_rows(1 - cos(x_in, x_out)).
+
+    Args:
+      x_in, x_out: [B, N, C], the sub-block's normalised input and its output before the residual sum.
+      valid: bool [B|1, N]; other rows stay out of the softmax and get 0.
+    Returns: [B, N], at least float32 (the token transition value of TransPrune, of one sub-block).
+    """
+    expect("x_out", f"shape {x_out.shape}", f"the shape of x_in, {x_in.shape}", x_out.shape == x_in.shape)
+    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (x_in, x_out))
+    aa, bb, ab = jnp.sum(a * a, -1), jnp.sum(b * b, -1), jnp.sum(a * b, -1)
+    some = (aa > 0) & (bb > 0)
+    ratio = jnp.sqrt(jnp.where(some, bb / jnp.where(some, aa, 1.0), 1.0))
+    cos = jnp.where(some, ab * jax.lax.rsqrt(jnp.where(some, aa, 1.0)) * jax.lax.rsqrt(jnp.where(some, bb, 1.0)), 0.0)
+    valid = jnp.ones(x_in.shape[:2], bool) if valid is None else jnp.broadcast_to(valid, x_in.shape[:2])
+    turned = jax.nn.softmax(1 - cos, axis=-1, where=valid)
+    return jnp.where(valid & some, ratio * turned, 0.0)
+
+
 # ------------------------------------------------------------------------------------------------------------- profile
 
 
@@ -325,4 +347,5 @@ def profile(q: Array, k: Array, last: int, *, scale: float | None = None, implem
 
 __all__ = [
     "distance", "entropy", "iterated", "log_mass", "masses", "profile", "received", "row_logits", "rows", "rows_call",
+    "transition",
 ]  # fmt: skip

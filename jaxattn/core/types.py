@@ -234,14 +234,19 @@ class Need:
     """A request for evidence from inside a forward pass. The answer is one array under ``name``.
 
     what: "received" (rows' weighted sum of probabilities, per key), "hidden" (residual stream), "keys" (k before the
-      rotary embedding), "rows" (probabilities of a few rows), "entropy", "head_out", "text" (prompt embeddings),
-      "features" (the vision tower's output).
+      rotary embedding), "rotated_keys", "values" ([B, N, G, D]), "rows" (probabilities of a few rows), "entropy",
+      "value_received" ("received" with the values in place of queries and keys), "transition" ([B, N], how far both
+      sub-blocks of the layer move a row: ``statistics.transition``), "between" ([B, groups, groups], where the
+      attention of each group of rows goes, in the stack's order), "head_out", "text" (prompt embeddings), "features"
+      (the vision tower's output).
     at: "vision.-2" (inside layer -2 of the vision tower), "llm.7", "llm.*" (every layer, stacked first), or "next": the
       layer that would run next, projected on the rows at the cut.
     rows: whose queries: "all", "last", "cls", "text", "vision", an int w (the last w rows), or a contract
-      ``(meta, evidence) -> weights [B, N]``. Weights of named rows average over them; ``total=True`` sums instead.
+      ``(meta, evidence) -> weights [B, N]``, which may name a Need of the same layer as ``given``: it is answered first.
+      Weights of named rows average over them; ``total=True`` sums instead.
     over_heads: "mean" | "sum" | "max" | None (keep [B, H, M]).
     temperature: divides the logits. iterate: applications of w <- w P (PageRank).
+    merged: "sum" | "max"; what a row merged since has of its members' answers.
     """
 
     name: str
@@ -252,6 +257,7 @@ class Need:
     total: bool = False
     temperature: float = 1.0
     iterate: int = 1
+    merged: str = "sum"
 
 
 # The seven sockets. Protocols document what the model's loop calls; records need not inherit from them, and optional
@@ -276,7 +282,9 @@ class Mixer(Protocol):
 class TokenTransform(Protocol):
     """Tokens and evidence in, fewer (or other) tokens out. ``rows(n)`` is the static number of rows that leave.
     Optional: ``needs() -> tuple[Need, ...]``; ``acts_on`` = "vision" | "text" | "all" (default "vision");
-    ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``."""
+    ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``;
+    ``carries``, a name: the State that one cut of that name returns is what the next one of the stack gets (the first:
+    an empty one). Values of rows in it are the record's to gather with the rows (``reduce.follow_rows``)."""
 
     def rows(self, n: int) -> int: ...
 

@@ -97,19 +97,42 @@ def project(p: dict, c: BlockConfig, x: Array) -> tuple[Array, Array, Array]:
 
 def attention_residual(p: dict, c: BlockConfig, x: Array, out: Array) -> Array:
     """Add the projected head outputs [B, N, H, Dv] to the residual stream."""
-    y = layers.dense(p["attn"]["o"], out.reshape(*out.shape[:2], -1).astype(x.dtype))
+    y = attention_output(p, x, out)
     return x + (y * p["scale1"]["scale"].astype(y.dtype) if c.layer_scale else y)
 
 
+def attention_output(p: dict, x: Array, out: Array) -> Array:
+    """Head outputs [B, N, H, Dv] projected to the width and dtype of x: what the attention sub-block adds, unscaled."""
+    return layers.dense(p["attn"]["o"], out.reshape(*out.shape[:2], -1).astype(x.dtype))
+
+
 def mlp_residual(p: dict, c: BlockConfig, x: Array) -> Array:
-    y = layers.mlp(p["mlp"], layers.norm(p["norm2"], x, c.eps), c.activation)
+    y = mlp_output(p, c, x)[1]
     return x + (y * p["scale2"]["scale"].astype(y.dtype) if c.layer_scale else y)
 
 
-def rotate(c: BlockConfig, x: Array, meta: Meta) -> Array:
-    """Apply the layer's rotary embedding, if it has one, at a Meta's rotary positions (its ``pos`` where none are set)."""
+def mlp_output(p: dict, c: BlockConfig, x: Array) -> tuple[Array, Array]:
+    """(normalised input, output) of the feed-forward sub-block at the residual stream x."""
+    h = layers.norm(p["norm2"], x, c.eps)
+    return h, layers.mlp(p["mlp"], h, c.activation)
+
+
+def rotary_length(c: BlockConfig, meta: Meta) -> Array | None:
+    """Tokens so far, by the highest rotary position of the new rows: what a dynamic scaling of the frequencies reads; None
+    for every other rotary embedding."""
+    if c.rope is None or c.rope.scaling is None or c.rope.scaling.kind != "dynamic":
+        return None
+    pos = jnp.asarray(meta.pos if meta.rope is None else meta.rope)
+    valid = meta.valid if pos.ndim == meta.valid.ndim else meta.valid[..., None]
+    return jnp.max(jnp.where(valid, pos, 0)) + 1
+
+
+def rotate(c: BlockConfig, x: Array, meta: Meta, length: Array | None = None) -> Array:
+    """Apply the layer's rotary embedding, if it has one, at a Meta's rotary positions (its ``pos`` where none are set).
+
+    ``length``: of ``rotary_length``, the same for queries and the keys they meet."""
     if c.rope is None:
         return x
     pos = meta.pos if meta.rope is None else meta.rope
     per_head = meta.valid.ndim == 3  # kv heads keep different rows
-    return c.rope.apply(x, jnp.asarray(pos), per_head=per_head)
+    return c.rope.apply(x, jnp.asarray(pos), length=length, per_head=per_head)

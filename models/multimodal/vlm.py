@@ -15,6 +15,7 @@ from flax import nnx
 from jaxattn.core import mask as masks
 from jaxattn.core.types import Array, Ctx, Meta, contract, data, expect, split
 from jaxattn.nn import layers
+from models import evidence as ev
 from models import stack
 from models.bind import Bound, Program, absolute, as_record, bind_stack, needs_of, params_of, subset
 from models.language import llm
@@ -159,21 +160,31 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
 
     Args: prompt: Tokens-like (x [B, T, C], valid [B, T]) of the prompt's embeddings, for methods that read the text.
       out: a tower result computed before.
+    Transforms also get the facts "image", "special" (CLS and registers) and "project", the projector as a function.
     """
     program, arrays, params = bound
     c: VLMConfig = program.config
-    out = tower(bound, image, dtype=dtype, phase=phase)[0] if out is None else out
+    needs = {need.name: need for need in program.stack("vision").needs}
+    rest = None
+    if out is None:  # layers behind the select layer run only where a method looks into them
+        late = any(int(need.at.rsplit(".", 1)[1]) >= c.run_layers for need in needs.values() if not need.at.endswith("*"))
+        out, rest = tower(bound, image, dtype=dtype, phase=phase, whole=late)
     streams = out.streams
     features = streams.tokens("vision")
     start, stop = streams.span("vision")
-    needs = {need.name: need for need in program.stack("vision").needs}
-    found = {name: stack.columns(needs[name], x, start, stop) for name, x in out.evidence.items() if name in needs}
-    facts = {**out.evidence, **found, "features": features.x, "text": prompt}
+    seen = {**out.evidence, **(rest.evidence if rest is not None else {})}
+    found = {name: ev.columns(needs[name], x, start, stop) for name, x in seen.items() if name in needs}
+    if program.stack("vision").cuts:  # facts about the tower's rows, told of its patches: they follow the slots from here
+        spread = {name: ev.unfollow(x, features.slot) for name, x in found.items() if needs[name].what in ev.PER_KEY}
+        found = {**found, **spread}
+    facts = {**seen, **found, "features": features.x, "text": prompt}
+    special = streams.tokens("special").x if c.vision.special else None
+    extra = {"image": image, "special": special, "project": lambda x: project(params, c, x, jnp.zeros(x.shape[:2], jnp.int32))}
     ctx = Ctx(phase=phase, site="vision", key=key, spec=c.vision.block.spec(c.vision.layers))
     record = program.transform("vision")
     site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
     if record is not None:
-        streams = stack.transform(record, params_of(site_arrays, "vision"), streams, "vision", facts, ctx)
+        streams = stack.transform(record, params_of(site_arrays, "vision"), streams, "vision", facts | extra, ctx)
     kept = streams.tokens("vision")
     x = project(params, c, kept.x, kept.meta.pos)
     groups = {"vision": (x, kept.meta)}
@@ -182,7 +193,7 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     record = program.transform("project")
     if record is not None:
         ctx = Ctx(phase=phase, site="project", key=key, spec=ctx.spec)
-        visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts, ctx)
+        visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts | extra, ctx)
     rows = visual.tokens("vision")
     return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out)
 
