@@ -172,6 +172,8 @@ class VLM(Common):
     """Weight of the vision losses beside the answers'; none with own files."""
     scenes: int = 12000
     """Scenes to train on; the first stage has half as many of its own."""
+    transcripts: bool = True
+    """Also learn to read several digits, one word after another; not with own files."""
     length: int = 128
     """Tokens of question and answer, with own files."""
     tokenizer: str = "byte"

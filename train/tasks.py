@@ -158,20 +158,25 @@ def vision(config: ViT) -> Task:
     return Task(model, bound, _params(bound, vit.init(model, config.seed)), (stage,), unit="images")
 
 
+def scene_model(config: VLM, vocab: int, channels: int = 1) -> vlm.VLMConfig:
+    """The model that a command-line configuration describes, for `vocab` words and images of `channels`."""
+    return scenes.scene_config(
+        vocab, canvas=config.size, patch=config.patch, vision_dim=config.vision_dim,
+        vision_layers=config.vision_layers, vision_heads=config.vision_heads, dim=config.dim,
+        n_layers=config.layers, heads=config.heads, kv_heads=config.kv_heads, hidden=config.mlp, channels=channels,
+    )  # fmt: skip
+
+
 def multimodal(config: VLM) -> Task:
     own = config.data is not None
     if own:
         data = {"size": config.size, "length": config.length, "tokenizer": config.tokenizer}
     else:
         geometry = SceneConfig(canvas=config.size, patch=config.patch)
-        data = {"config": geometry, "mix": scenes.MIX, "count": config.scenes}
+        words = {"mix": scenes.MIX, "with_transcript": config.transcripts}
+        data = {"config": geometry, "count": config.scenes, **words}
     train, held_out = _streams(vlm_dataset, config, **data)
-    model = scenes.scene_config(
-        train.info["vocab_size"], canvas=config.size, patch=config.patch, vision_dim=config.vision_dim,
-        vision_layers=config.vision_layers, vision_heads=config.vision_heads, dim=config.dim,
-        n_layers=config.layers, heads=config.heads, kv_heads=config.kv_heads, hidden=config.mlp,
-        channels=train.info["channels"],
-    )  # fmt: skip
+    model = scene_model(config, train.info["vocab_size"], train.info["channels"])
     bound = vlm.bind(
         model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed),
         reduce={config.tokens_at: config.tokens} if config.tokens else None,

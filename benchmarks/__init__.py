@@ -1,0 +1,1 @@
+"""Boards: what each method costs and keeps, measured on models that are trained here."""

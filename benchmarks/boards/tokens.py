@@ -1,0 +1,251 @@
+"""Token methods on a trained scene model: each method at each budget over the same held-out scenes.
+
+    entries = plan(("full", "random", "hiprune"), (72, 36), model)
+    results = measure(entries, model, params, dataset, scenes=2000, batch=50)
+
+One compiled program per entry answers all questions of a batch of images: its predictions are scored and its time is
+taken in the same call. Every batch goes through all programs in turn, in another order each time, so that whatever
+else the machine does hits all alike; times are compared within a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.boards.cost import array_bytes, matmul_flops
+from jaxattn import registry
+from jaxattn.core.types import expect
+from jaxattn.tokens.mmtok import content_mask
+from models.bind import Bound, as_record, needs_of
+from models.generate import generate, prefill
+from models.language import llm
+from models.multimodal import vlm
+from train import scenes
+from train.data import Batches
+from train.data.questions import KINDS, Vocabulary
+from train.data.scenes import BACKGROUND
+
+UNFAIR = ("count_all", "count_of")  # answered from the share of digits among the tokens, which every selection changes
+RANKED = tuple(kind for kind in KINDS if kind not in UNFAIR)
+FULL = "full"
+PROMPT, NEW = "read all digits ?", 7
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method at a budget. ``reduce``: what is bound, site -> record; ``layers``: visual tokens in each layer of the
+    language model; ``merges``: tokens are averaged, none is lost as a whole."""
+
+    method: str
+    budget: int
+    reduce: tuple[tuple[str, Any], ...]
+    layers: tuple[int, ...]
+    merges: bool = False
+
+    @property
+    def tokens(self) -> float:
+        """Visual tokens of a layer of the language model, on average."""
+        return sum(self.layers) / len(self.layers)
+
+    @property
+    def label(self) -> str:
+        return self.method if self.method == FULL else f"{self.method} {self.budget}"
+
+
+def plan(methods: Sequence[str], budgets: Sequence[int], model: vlm.VLMConfig) -> tuple[Entry, ...]:
+    """Entries of every method at every budget, the full model first. A method is ``full``, ``aim`` or ``aim_merge``
+    (whose arguments follow from the budget) or a token method of the registry with a ``keep``, such as
+    ``hiprune:alpha=0.2``. Raises ValueError for an unknown method or a budget that is none."""
+    n = model.visual
+    for budget in budgets:
+        expect("budgets", budget, f"a number of tokens from 1 to {n}", 1 <= budget <= n)
+    whole = Entry(FULL, n, (), (n,) * model.llm.layers)
+    rest = [entry(m, b, model) for b in sorted(budgets, reverse=True) for m in methods if m != FULL]
+    return (whole, *rest)
+
+
+def entry(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
+    """One method at ``budget`` visual tokens per layer (on average, where layers differ)."""
+    n, depth = model.visual, model.llm.layers
+    name = method.partition(":")[0].strip().replace("-", "_")
+    if name == "aim_merge":
+        parts = merge_parts(n, budget)
+        return Entry(method, budget, (("project", registry.get("tokens", name)(parts)),), (budget,) * depth, True)
+    if name == "aim":
+        return _aim(method, budget, model)
+    factory = registry.get("tokens", name)
+    accepted = inspect.signature(factory).parameters
+    expect(f"tokens {method!r}", ", ".join(accepted) or "none", "an argument keep, the budget", "keep" in accepted)
+    record = as_record("tokens", f"{method}{',' if ':' in method else ':'}keep={budget}", model.vision.layers)
+    # What reads the question needs tokens and words in one space: behind the projector.
+    site = "project" if any(need.what == "text" for need in needs_of(record)) else "vision"
+    return Entry(method, budget, ((site, record),), (budget,) * depth, not hasattr(record, "mode"))
+
+
+def merge_parts(n: int, left: int) -> tuple[int, ...]:
+    """Arguments ``parts`` of ``aim_merge`` that leave ``left`` of ``n`` tokens: halving, then what is still too many."""
+    parts, rows = [], n
+    while rows > left:
+        pairs = min(rows // 2, rows - left)
+        part = n // pairs
+        part += n // part > pairs  # a pass merges n // part pairs: not more than there are
+        parts.append(part)
+        rows -= n // part
+    return tuple(parts)
+
+
+def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
+    """The whole of AIM: merge before the language model to as many tokens as pruning from its first layer on brings to
+    ``budget`` on average."""
+    expect("method", repr(method), "'aim' without arguments: they follow from the budget", ":" not in method)
+    n, depth = model.visual, model.llm.layers
+    expect("aim", f"{depth} layers", "a language model of 2 layers or more, to prune between", depth >= 2)
+    prune = registry.get("tokens", "aim")(start=0, end=depth - 2)
+
+    def layers(enter: int) -> tuple[int, ...]:
+        left = [enter]
+        for _, cut in prune.schedule(depth, enter):
+            left.append(cut.count(left[-1]))
+        return tuple(left)
+
+    enter = max((m for m in range(1, n + 1) if sum(layers(m)) <= budget * depth), default=1)
+    merge = (("project", registry.get("tokens", "aim_merge")(merge_parts(n, enter))),) if enter < n else ()
+    return Entry(method, budget, (*merge, ("llm", prune)), layers(enter), True)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An entry's figures.
+
+    scores: of ``train.scenes.scores``; kept: share of the digits' patches that are left, None where tokens merge; seconds
+    of each batch of ``batch`` images; flops and cache (bytes) of one image; slot: int32 [batch, N], the row that carries
+    each patch of the first batch into the language model, -1 none.
+    """
+
+    entry: Entry
+    scores: Mapping[str, Any]
+    kept: float | None
+    seconds: np.ndarray
+    flops: float
+    cache: int
+    batch: int
+    compile_seconds: float
+    slot: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy of the kinds of questions that are fair to compare."""
+        return float(np.mean([self.scores["accuracy"][kind] for kind in RANKED]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def answer(program, arrays, params, batch, key):
+    """(words predicted int32 [B, Q], where patches went int32 [B, N]) of packed questions."""
+    bound = Bound(program, arrays, params)
+    meta, mask = vlm.question_meta(program.config, batch)
+    text = llm.embed(params["llm"], batch["tokens"])
+    asked = (text, meta.valid & batch["content"])
+    visual = vlm.see(bound, batch["image"], prompt=asked, phase="prefill", key=key)
+    out, _ = vlm.forward(bound, batch["image"], batch["tokens"], meta=meta, mask=mask, phase="prefill", visual=visual)
+    b, q, t = batch["questions"].shape
+    return out.logits.reshape(b, q, t, -1)[:, :, -1].argmax(-1), visual.slot
+
+
+def question_batches(dataset: Batches, count: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """``count`` scenes in batches of ``size``, with the words that name something marked as "content"."""
+    words = dataset.info["vocabulary"].words
+    content = np.array([m and any(c.isalnum() for c in w) for w, m in zip(words, content_mask(words), strict=True)])
+    for start in range(0, count, size):
+        batch = dataset.fetch(np.arange(start, start + size))
+        yield {**batch, "content": content[batch["tokens"]]}
+
+
+def measure(entries: Sequence[Entry], model: vlm.VLMConfig, params: dict, dataset: Batches, *, scenes_count: int, size: int,
+            say: Callable[[str], None] = print) -> list[Result]:  # fmt: skip
+    """Results in the order of ``entries``, over the first ``scenes_count`` scenes in batches of ``size``."""
+    fits = 0 < scenes_count <= dataset.size and scenes_count % size == 0
+    expect("scenes", scenes_count, f"a multiple of the batch of {size}, at most {dataset.size}", fits)
+    entries = tuple(entries)
+    bounds = [vlm.bind(model, params, reduce=dict(e.reduce)) for e in entries]
+    first = _inputs(next(question_batches(dataset, size, size)))
+    programs, compiled, flops = [], [], []
+    for i, (e, bound) in enumerate(zip(entries, bounds, strict=True), 1):
+        began = time.perf_counter()
+        args = (bound.arrays, bound.params, first, jax.random.key(0))
+        flops.append(matmul_flops(functools.partial(answer, bound.program), *args) / size)
+        program = answer.lower(bound.program, *args).compile()
+        jax.block_until_ready(program(*args))
+        programs.append(program)
+        compiled.append(time.perf_counter() - began)
+        say(f"  compiled {i}/{len(entries)}  {e.label}  {compiled[-1]:.1f} s")
+
+    predicted, kept, seconds, slots, truth = ([[] for _ in entries] for _ in range(5))
+    rounds, began = scenes_count // size, time.perf_counter()
+    for number, batch in enumerate(question_batches(dataset, scenes_count, size)):
+        inputs, key = jax.device_put(_inputs(batch)), jax.random.key(number)
+        digit = batch["patch_labels"] != BACKGROUND
+        for i in np.roll(np.arange(len(entries)), number):
+            start = time.perf_counter()
+            words, slot = jax.block_until_ready(programs[i](bounds[i].arrays, bounds[i].params, inputs, key))
+            seconds[i].append(time.perf_counter() - start)
+            predicted[i].append(np.asarray(words))
+            kept[i].append((np.asarray(slot) >= 0)[digit])
+            truth[i].append((batch["answers"], batch["kind"]))
+            if number == 0:
+                slots[i] = np.asarray(slot)
+        done = number + 1
+        if done == rounds or done % max(1, rounds // 10) == 0:
+            spent = time.perf_counter() - began
+            say(f"  scored {done * size}/{scenes_count} scenes  {spent:.0f} s  left {spent / done * (rounds - done):.0f} s")
+    results = []
+    for i, e in enumerate(entries):
+        answers, kind = (np.concatenate(x) for x in zip(*truth[i], strict=True))
+        found = scenes.scores(np.concatenate(predicted[i]), answers, kind)
+        share = None if e.merges else float(np.concatenate(kept[i]).mean())
+        cache = cache_bytes(e, model, params)
+        results.append(Result(e, found, share, np.array(seconds[i]), flops[i], cache, size, compiled[i], slots[i]))
+    return results
+
+
+def _inputs(batch: dict) -> dict:
+    return {name: batch[name] for name in ("image", "tokens", "segment", "position", "questions", "content")}
+
+
+def slowdown(result: Result, full: Result) -> float:
+    """Median over the batches of the time, as a share of the full model's on the same batch."""
+    return float(np.median(result.seconds / full.seconds))
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+def prompt(vocabulary: Vocabulary, count: int, text: str = PROMPT) -> jax.Array:
+    """int32 [count, words] of one question."""
+    return jnp.broadcast_to(jnp.asarray(vocabulary.encode(text)), (count, len(text.split())))
+
+
+def cache_bytes(e: Entry, model: vlm.VLMConfig, params: dict) -> int:
+    """Bytes of the cache of one image, a prompt of 4 words and ``NEW`` new ones."""
+    bound = vlm.bind(model, params, reduce=dict(e.reduce), cache="full")
+    shape = jax.ShapeDtypeStruct((1, *model.vision.image, model.vision.channels), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, len(PROMPT.split())), jnp.int32)
+    fill = lambda image, tokens: prefill(bound, tokens, image=image, max_new=NEW)[1].caches  # noqa: E731
+    return array_bytes(jax.eval_shape(fill, shape, tokens))
+
+
+def read(e: Entry, model: vlm.VLMConfig, params: dict, vocabulary: Vocabulary, images: np.ndarray) -> list[list[str]]:
+    """The words generated behind ``PROMPT`` for each image [B, H, W, ch], up to "end"."""
+    bound = vlm.bind(model, params, reduce=dict(e.reduce), cache="full")
+    end = vocabulary.ids["end"]
+    tokens = prompt(vocabulary, len(images))
+    rows = np.asarray(generate(bound, tokens, steps=NEW, image=jnp.asarray(images), stop=end))
+    return [vocabulary.decode(row).removesuffix("end").split() for row in rows]
