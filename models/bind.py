@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import registry
@@ -132,7 +133,8 @@ def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, 
         steered.append(program)
     needs = collect_needs(tuple(c for c in cuts), cache, tuple(steered), site, n_layers)
     program = StackProgram(block, n_layers, site, tuple(programs), tuple(cuts), cache, tuple(steered), needs, remat)
-    return program, operands, {**fresh, **(trained or {})}
+    # Device arrays: methods index their tables by a traced layer number, in and out of jit.
+    return program, jax.tree.map(jnp.asarray, operands), {**fresh, **(trained or {})}
 
 
 def _scheduled(reduce: dict, n_layers: int, site: str):
@@ -143,9 +145,9 @@ def _scheduled(reduce: dict, n_layers: int, site: str):
         if hasattr(record, "schedule"):
             pairs += list(record.schedule(n_layers))
         else:
-            layer = int(where)
-            expect(f"reduce[{site}.{layer}]", layer, f"a layer between 1 and {n_layers - 1}", 0 < layer < n_layers)
-            pairs.append((layer, record))
+            ok = where.isdecimal() and 0 < int(where) < n_layers
+            expect(f"reduce[{site}.{where}]", where or "no layer", f"a layer between 1 and {n_layers - 1}", ok)
+            pairs.append((int(where), record))
     return sorted(pairs, key=lambda p: p[0])
 
 

@@ -1,0 +1,22 @@
+"""The README's examples run as they stand, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_examples_run(capsys):
+    text = README.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 6
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), scope)  # noqa: S102
+    assert "(1, 24, 64)" in capsys.readouterr().out
+
+
+def test_files_it_names_exist():
+    text = README.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (README.parent / link).exists(), link
