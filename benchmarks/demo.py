@@ -86,17 +86,12 @@ def trained(config: VLM) -> tuple[dict, dict[str, Any]] | None:
         if checkpoints.latest is None:
             return None
         record = checkpoints.record()
-    now = config.record()
-    other = [f"{k} {record.get('config', {}).get(k)}" for k in now if record.get("config", {}).get(k) != _plain(now[k])]
+    now, before = config.record(), record.get("config", {})
+    other = [k for k in now if k in before and before[k] != now[k]]  # a setting that is newer than the run had its default
     if other:
-        wanted = ", ".join(f"{item.split()[0]} {now[item.split()[0]]}" for item in other)
-        raise CheckpointError(folder, f"a run with {wanted} (or another --out)", ", ".join(other))
+        wanted, got = (", ".join(f"{k} {x[k]}" for k in other) for x in (now, before))
+        raise CheckpointError(folder, f"a run with {wanted} (or name another --out)", got)
     return load_params(folder) if record["step"] >= config.steps else None
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def run(demo: Demo) -> int:
