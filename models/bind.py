@@ -100,8 +100,9 @@ def as_record(socket: str, value, n_layers: int | None = None):
 
 
 def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, cache=None, steering=None, remat=False,
-               trained=None, key=None, counts=None) -> tuple[StackProgram, dict, dict]:  # fmt: skip
-    """(program, operands, trained arrays) of one stack. ``reduce``: {layer number or "" for a schedule: record}."""
+               trained=None, key=None, rows=None) -> tuple[StackProgram, dict, dict]:  # fmt: skip
+    """(program, operands, trained arrays) of one stack. ``reduce``: {layer number or "" for a schedule: record}; ``rows``:
+    visual rows that enter, so that a budget beyond them is an error here and not inside a jitted pass."""
     spec = block.spec(n_layers)
     plan = dense() if attention is None else as_record("attention", attention, n_layers)
     kinds, which = (plan.kinds, plan.which) if isinstance(plan, by_layer) else ((plan,), ())
@@ -119,7 +120,8 @@ def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, 
             keys = jax.random.split(jax.random.key(0) if key is None else key, n_layers)
             fresh[f"attention.{i}"] = jax.vmap(lambda k, kind=kind: kind.init(k, spec))(keys)
     cuts = []
-    for layer, record in _scheduled(reduce or {}, n_layers, site):
+    for layer, record in scheduled(reduce or {}, n_layers, site):
+        rows = left(record, rows)
         program, operands[f"cut.{len(cuts)}"] = split(record, spec)
         if hasattr(record, "init"):
             fresh[f"cut.{len(cuts)}"] = record.init(jax.random.key(0) if key is None else key, spec)
@@ -137,7 +139,12 @@ def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, 
     return program, jax.tree.map(jnp.asarray, operands), {**fresh, **(trained or {})}
 
 
-def _scheduled(reduce: dict, n_layers: int, site: str):
+def left(record, rows: int | None) -> int | None:
+    """Visual rows that a transform leaves of ``rows``; None: not known."""
+    return rows if rows is None or getattr(record, "acts_on", "vision") != "vision" else record.rows(rows)
+
+
+def scheduled(reduce: dict, n_layers: int, site: str):
     """(layer, record) pairs in order of depth; multi-site records expand to one record per cut."""
     pairs = []
     for where, record in reduce.items():
