@@ -16,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ from jax.extend import core  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxattn import cache, linear, tokens  # noqa: E402
-from models import by_layer, dense, llm, stack, vlm  # noqa: E402
+from models import by_layer, dense, llm, stack  # noqa: E402
 from models.bind import Bound, as_record, bind_stack, subset  # noqa: E402
 from models.bind import Program as ModelProgram  # noqa: E402
 from train.loop import make_step  # noqa: E402
@@ -174,7 +175,7 @@ def layers(options: Layers) -> None:
         return f"{row[what] / base[sockets, row['phase']][what]:.2f}"
 
     rows = [
-        ("three drops, two attentions" if r["sockets"] else "plain", r["phase"], r["layers"], r["equations"],
+        ("3 drops, 2 attentions" if r["sockets"] else "plain", r["phase"], r["layers"], r["equations"],
          f"{r['seconds']:.2f}", ratio(r, r["sockets"], "seconds"), ratio(r, False, "seconds"),
          f"{r['cpu']:.2f}", ratio(r, r["sockets"], "cpu"))
         for r in found
@@ -259,8 +260,6 @@ class Train8B:
     """Of the batch, over all chips."""
     length: int = 8192
     layers: int = 32
-    chunk: int | None = None
-    """Tokens of a row whose logits exist at once; None: all."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -328,7 +327,7 @@ def show(columns: tuple[str, ...], rows: list[tuple]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*map(str, row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def main() -> None:
