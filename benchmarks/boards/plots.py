@@ -73,7 +73,7 @@ def overlays(results: Sequence[Result], budget: int, images: np.ndarray, grid: t
             panel.set_axis_off()
             if row == 0:
                 panel.set_title(title if column else f"{budget} of {grid[0] * grid[1]}", fontsize=9)
-    figure.savefig(path, format="png", dpi=80)
+    figure.savefig(path, format="png", dpi=64)
 
 
 def shade(grey: np.ndarray, slot: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

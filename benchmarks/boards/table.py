@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from benchmarks.boards.tokens import FULL, RANKED, UNFAIR, Result, slowdown
@@ -20,7 +21,8 @@ LEGEND = (
     "yes, no: share of presence questions answered right where the answer is yes, and where it is no (a false yes is a "
     "hallucination).",
     "tokens: visual tokens in a layer of the language model, on average over its layers.",
-    "digits kept: share of the digits' patches that are left; merging methods average patches and lose none as a whole.",
+    "digits kept: share of the digits' patches that enter the language model; merging methods average patches and lose none "
+    "as a whole.",
     "ms / image and time: all questions of an image answered, from pixels to words, in batches on this machine (median; "
     "share of the full model's time on the same batch). MFLOP: matrix products of an image. cache: keys, values and "
     "positions of an image, a short prompt and its answer.",
@@ -74,15 +76,15 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-TERMINAL = ("tokens", "method", "mean", *RANKED, "yes", "no", "digits kept", "time", "MFLOP")
+TERMINAL = ("tokens", "method", "mean", *RANKED, "yes", "digits kept", "time", "MFLOP")
 
 
 def rich_table(results: Sequence[Result], title: str) -> Table:
     """The columns of the board that a terminal has room for."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     chosen = [COLUMNS.index(name) for name in TERMINAL]
     for name in TERMINAL:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name.removeprefix("digits "), justify="left" if name == "method" else "right", no_wrap=True)
     before = None
     for row in rows(results):
         if before not in (None, row.budget):
@@ -113,7 +115,9 @@ def _why(r: Result, base: Result) -> str:
     worst = min(RANKED, key=lambda kind: r.scores["accuracy"][kind] - base.scores["accuracy"][kind])
     hit = f"it loses most on {worst} ({percent(r.scores['accuracy'][worst])} against {percent(base.scores['accuracy'][worst])})"
     if r.kept is None:
-        return f"nothing is dropped before the last layers, but merged tokens stand at averaged places; {hit}."
+        return f"an average of patches has the position of none of them; {hit}."
+    if len(set(r.entry.layers)) > 1:
+        return f"it drops tokens between the layers, before all of them have read the image; {hit}."
     if r.kept < base.kept:
         return (f"its scores do not find the digits of this model: {percent(r.kept)} % of their patches are left, at random "
                 f"{percent(base.kept)} %; {hit}.")  # fmt: skip

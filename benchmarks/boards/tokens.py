@@ -120,7 +120,7 @@ def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
 
     enter = max((m for m in range(1, n + 1) if sum(layers(m)) <= budget * depth), default=1)
     merge = (("project", registry.get("tokens", "aim_merge")(merge_parts(n, enter))),) if enter < n else ()
-    return Entry(method, budget, (*merge, ("llm", prune)), layers(enter), True)
+    return Entry(method, budget, (*merge, ("llm", prune)), layers(enter), bool(merge))
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
