@@ -45,10 +45,11 @@ def is_paired(program: Program) -> bool:
 
 
 def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: int, sampler=None, sampler_params=None,
-            key=None, dtype=None) -> tuple[Array, Decoding]:  # fmt: skip
+            key=None, dtype=None, image_at=None) -> tuple[Array, Decoding]:  # fmt: skip
     """Read the prompt; returns (logits [B, V] behind its last token, Decoding with the first new token sampled).
 
-    tokens int32 [B, T] right-padded; lengths int32 [B] or None (all T); image [B, H, W, ch] for a vision-language model.
+    tokens int32 [B, T] right-padded; lengths int32 [B] or None (all T); image [B, H, W, ch] for a vision-language model,
+    behind the first ``image_at`` (int or int32 [B]) tokens of each prompt (None: in front).
     """
     program, arrays, params = bound
     sampler = sampling.greedy() if sampler is None else sampler
@@ -64,7 +65,7 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     if isinstance(program.config, vlm.VLMConfig):
         expect("image", None if image is None else image.shape, "an image per prompt", image is not None)
         first = program.config.visual
-        meta = _prompt_meta(lengths, t, first)
+        meta = vlm.around_image(program.config, _prompt_meta(lengths, t), image_at)
         text = llm.embed(params["llm"], tokens, dtype)
         visual = vlm.see(bound, image, prompt=(text, meta.valid), dtype=dtype, key=key)
         if paired:  # the second half of the batch reads the same prompt without the image
@@ -73,11 +74,11 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
             seen = jax.tree.map(twice, rest).replace(valid=seen.valid)
             visual = vlm.Visual(twice(visual.x), seen, twice(visual.slot), {}, twice(visual.features), None)
         out, _ = vlm.forward(bound, image, twice(tokens), meta=jax.tree.map(twice, meta), phase="prefill", dtype=dtype,
-                             visual=visual, key=key, new_rows=max_new)  # fmt: skip
+                             visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice))  # fmt: skip
     else:
         first = 0
         expect("steering", "a paired method", "one that needs no image in a language model", not paired)
-        meta = _prompt_meta(lengths, t, 0)
+        meta = _prompt_meta(lengths, t)
         out = llm.forward(bound, tokens, meta=meta, phase="prefill", dtype=dtype, key=key, new_rows=max_new)
     last = jnp.take_along_axis(out.logits[:b], (lengths - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(jnp.zeros(b, jnp.int32), first + lengths, out.stack.caches, out.stack.states, sampling.fresh(sampler),
@@ -85,8 +86,12 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     return last, _sample(sampler, sampler_params or {}, state, last, None)
 
 
-def _prompt_meta(lengths, t: int, first: int) -> Meta:
-    pos = jnp.broadcast_to(first + jnp.arange(t, dtype=jnp.int32), (lengths.shape[0], t))
+def _for_all(image_at, b: int, twice):
+    return None if image_at is None else twice(jnp.broadcast_to(jnp.asarray(image_at, jnp.int32), (b,)))
+
+
+def _prompt_meta(lengths, t: int) -> Meta:
+    pos = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (lengths.shape[0], t))
     return Meta(pos, jnp.arange(t) < lengths[:, None], labels={"kind": jnp.zeros(pos.shape, jnp.int32)})
 
 
@@ -119,9 +124,10 @@ def decode(bound: Bound, state: Decoding, *, sampler=None, sampler_params=None, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("max_new", "dtype"))
-def _start(program, sampler, arrays, params, sampler_params, tokens, image, lengths, key, *, max_new, dtype):
+def _start(program, sampler, arrays, params, sampler_params, tokens, image, lengths, key, image_at, *, max_new,
+           dtype):  # fmt: skip
     return prefill(Bound(program, arrays, params), tokens, image=image, lengths=lengths, max_new=max_new, sampler=sampler,
-                   sampler_params=sampler_params, key=key, dtype=dtype)  # fmt: skip
+                   sampler_params=sampler_params, key=key, dtype=dtype, image_at=image_at)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",), donate_argnums=(5,))
@@ -144,25 +150,26 @@ def _steps(program, sampler, arrays, params, sampler_params, state, stop, pad, *
 
 
 def generate(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sampler=None, stop: int | None = None, pad: int = 0,
-             key=None, dtype=None) -> Array:  # fmt: skip
+             key=None, dtype=None, image_at=None) -> Array:  # fmt: skip
     """New tokens int32 [B, steps]; rows that met ``stop`` are filled with ``pad`` behind it.
 
     Args:
       tokens: int32 [B, T] prompts, right-padded.  lengths: int32 [B] or None.  image: [B, H, W, ch] for a VLM.
+      image_at: int or int32 [B], tokens of each prompt that come before the image; None: all follow it.
       sampler: ``sampling.greedy()`` (default) or ``sampling.sample(...)``.
     """
     expect("steps", steps, "at least 1", steps >= 1)
-    program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype)
+    program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at)
     stop = jnp.int32(-1 if stop is None else stop)
     new, _ = _steps(program, sampler, bound.arrays, bound.params, params, state, stop, jnp.int32(pad), steps=steps, dtype=dtype)
     return new
 
 
 def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sampler=None, stop: int | None = None, pad: int = 0,
-           key=None, dtype=None) -> Iterator[Array]:  # fmt: skip
+           key=None, dtype=None, image_at=None) -> Iterator[Array]:  # fmt: skip
     """Like ``generate``, token by token: yields int32 [B]; ends early once every row is done."""
     expect("steps", steps, "at least 1", steps >= 1)
-    program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype)
+    program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at)
     stop = jnp.int32(-1 if stop is None else stop)
     over = jnp.zeros(state.done.shape, bool)
     for i in range(steps):
@@ -173,7 +180,7 @@ def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sample
         _, state = _step(program, sampler, bound.arrays, bound.params, params, state, stop, dtype=dtype)
 
 
-def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype):
+def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at):
     tokens = jnp.asarray(tokens, jnp.int32)
     expect("tokens", f"shape {tokens.shape}", "[batch, prompt tokens], at least one each",
            tokens.ndim == 2 and tokens.size > 0)  # fmt: skip
@@ -183,8 +190,8 @@ def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype):
                lengths.shape == tokens.shape[:1] and lengths.min() >= 1 and lengths.max() <= tokens.shape[1])  # fmt: skip
     sampler, params = split(sampling.greedy() if sampler is None else sampler)
     key = jax.random.key(0) if key is None else key
-    _, state = _start(bound.program, sampler, bound.arrays, bound.params, params, tokens, image, lengths, key, max_new=steps,
-                      dtype=dtype)  # fmt: skip
+    _, state = _start(bound.program, sampler, bound.arrays, bound.params, params, tokens, image, lengths, key, image_at,
+                      max_new=steps, dtype=dtype)  # fmt: skip
     if stop is not None:
         state = state.replace(done=state.done | (state.token == stop))
     return bound.program, state, sampler, params

@@ -8,6 +8,7 @@ with depth, and the cache is read-only inside it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -420,7 +421,8 @@ def _cut(params, program, arrays, streams, cut, evidence, carried, *, mask, step
         p = _at(params["layers"], cut.layer)
         h = layers.norm(p["norm1"], streams.x, block.eps)
         q, k, v = B.project(p["attn"], block, h)
-        call = Call(B.rotate(block, q, streams.meta), B.rotate(block, k, streams.meta), v, streams.meta, streams.meta,
+        turn = functools.partial(B.rotate, block, meta=streams.meta, length=B.rotary_length(block, streams.meta))
+        call = Call(turn(q), turn(k), v, streams.meta, streams.meta,
                     mask=layer_mask(program, mask))  # fmt: skip
         for need in following:
             asked[need.name] = ev.answer(need, call, None, hidden=streams.x, k_raw=k, groups=streams.spans(), evidence=asked)

@@ -1,4 +1,4 @@
-"""Which device holds what: one table from a parameter's path to logical axes, one from those to mesh axes.
+"""Which device holds what, by the tables of `jaxattn.nn.partition` from paths to logical axes and on to mesh axes.
 
 Parameters, optimizer state, restored checkpoints and loaded weights all go through `shardings`, so they agree.
 The optimizer's moments have their parameter's path as the end of their own, and patterns are searched, not
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxattn.nn.partition import LOGICAL_AXES, spec
+from jaxattn.nn.partition import LOGICAL_AXES, logical_axes, path_name, spec
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +23,6 @@ log = logging.getLogger(__name__)
 # mlp and vocabulary. The order is that of the devices: neighbours, which talk most, share `tensor`; processes
 # differ in `data` first.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-
-# Pattern searched in the path -> logical axes of the trailing dimensions (None: whole on every device). The
-# first that fits counts; the leading dimension of a stack ([L, ...], below "layers") is added by itself.
-PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(^|/)embed/embedding$", ("vocab", "embed")),
-    (r"(^|/)head/kernel$", ("embed", "vocab")),
-    (r"(^|/)attn/[qkv]/kernel$", ("embed", "heads")),
-    (r"(^|/)attn/[qkv]/bias$", ("heads",)),
-    (r"(^|/)attn/o/kernel$", ("heads", "embed")),
-    (r"(^|/)mlp/(gate|up)/kernel$", ("embed", "mlp")),
-    (r"(^|/)mlp/(gate|up)/bias$", ("mlp",)),
-    (r"(^|/)mlp/down/kernel$", ("mlp", "embed")),
-    (r"(^|/)kernel$", ("embed", None)),  # patches, projectors, other heads
-)
 
 # The layout record is [rows, tokens]; everything else in a batch is cut by rows only.
 BATCH_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -70,24 +56,6 @@ def make_mesh(
     # Auto: XLA propagates shardings from the arguments; Explicit, the default, would ask for them at every op.
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """"layers/attn/q/kernel" from a key path of `jax.tree_util`."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """The logical axis of every dimension of the parameter (or optimizer moment) called `name`."""
-    for pattern, axes in PARAMETER_RULES:
-        if re.search(pattern, name) and len(axes) <= ndim:
-            break
-    else:
-        axes = ()
-    lead = [None] * (ndim - len(axes))
-    if lead and re.search(r"(^|/)layers/", name):
-        lead[0] = "layers"
-    return (*lead, *axes)
 
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:

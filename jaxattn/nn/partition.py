@@ -1,4 +1,4 @@
-"""What the dimensions of an array are called, and which mesh axes each name is cut over: the one table of both.
+"""What the dimensions of an array are called, by a parameter's path, and which mesh axes each name is cut over.
 
 Parameters, batches and activations use the same names, so a layout is changed in one place. Without a mesh nothing here
 does anything.
@@ -7,7 +7,9 @@ does anything.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -24,7 +26,39 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
+# Pattern searched in the path -> logical axes of the trailing dimensions (None: whole on every device). The
+# first that fits counts; the leading dimension of a stack ([L, ...], below "layers") is added by itself.
+PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(^|/)embed/embedding$", ("vocab", "embed")),
+    (r"(^|/)head/kernel$", ("embed", "vocab")),
+    (r"(^|/)attn/[qkv]/kernel$", ("embed", "heads")),
+    (r"(^|/)attn/[qkv]/bias$", ("heads",)),
+    (r"(^|/)attn/o/kernel$", ("heads", "embed")),
+    (r"(^|/)mlp/(gate|up)/kernel$", ("embed", "mlp")),
+    (r"(^|/)mlp/(gate|up)/bias$", ("mlp",)),
+    (r"(^|/)mlp/down/kernel$", ("mlp", "embed")),
+    (r"(^|/)kernel$", ("embed", None)),  # patches, projectors, other heads
+)
+
 STREAM = ("batch", "length", None)  # of a residual stream [B, N, C]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """"layers/attn/q/kernel" from a key path of `jax.tree_util`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """The logical axis of every dimension of the parameter (or optimizer moment) called `name`."""
+    for pattern, axes in PARAMETER_RULES:
+        if re.search(pattern, name) and len(axes) <= ndim:
+            break
+    else:
+        axes = ()
+    lead = [None] * (ndim - len(axes))
+    if lead and re.search(r"(^|/)layers/", name):
+        lead[0] = "layers"
+    return (*lead, *axes)
 
 
 def spec(

@@ -27,7 +27,6 @@ class VLMConfig:
     """Static shape of a vision-language model.
 
     select: which layer's output the language model reads, as in Hugging Face (-1 last, -2 the one before).
-    prefix: text rows before the image (system prompt and the like) keep positions 0..prefix-1.
     skip: the projector adds its input (same widths).  position: learned 2-D positions added after the projector, indexed by
       the original token.
     """
@@ -202,6 +201,14 @@ def text_rows(params: dict, c: VLMConfig, tokens: Array, meta: Meta, dtype=None)
     return llm.embed(params["llm"], tokens, dtype), meta
 
 
+def around_image(c: VLMConfig, meta: Meta, image_at=None) -> Meta:
+    """Text rows numbered 0, 1, ... with room for the image behind the first ``image_at`` of them (None: in front)."""
+    if image_at is None:
+        return meta.replace(pos=meta.pos + c.visual)
+    behind = meta.pos >= jnp.asarray(image_at, jnp.int32).reshape(-1, 1)
+    return meta.replace(pos=meta.pos + c.visual * behind.astype(jnp.int32))
+
+
 def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
     """(Meta, mask) of packed questions behind one image: every segment sees the image and itself, never another question;
     all questions take the same positions, right after the image's."""
@@ -212,19 +219,25 @@ def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
 
 
 def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = None, mask=None, phase: str = "train", dtype=None,
-            visual: Visual | None = None, key=None, new_rows: int = 0, **run) -> tuple[llm.LLMOut, Visual]:  # fmt: skip
-    """Image [B, H, W, ch] and text tokens int32 [B, T] behind it to the text rows' logits [B, T, V].
+            visual: Visual | None = None, key=None, new_rows: int = 0, image_at=None,
+            **run) -> tuple[llm.LLMOut, Visual]:  # fmt: skip
+    """Image [B, H, W, ch] and text tokens int32 [B, T] around it to the text rows' logits [B, T, V].
 
-    meta: default positions follow the image's.  visual: rows of ``see`` computed before.
+    meta: default positions make room for the image.  visual: rows of ``see`` computed before.
+    image_at: int or int32 [B], text rows that come before the image; None: all text follows it.
     """
     program, arrays, params = bound
     c: VLMConfig = program.config
     expect("tokens", f"shape {tokens.shape}", "[batch, tokens]", tokens.ndim == 2)
-    meta = llm.text_meta(tokens, start=c.visual) if meta is None else meta
+    meta = around_image(c, llm.text_meta(tokens), image_at) if meta is None else meta
     text = llm.embed(params["llm"], tokens, dtype)
     if visual is None:
         visual = see(bound, image, prompt=(text, meta.valid), dtype=dtype, phase=phase, key=key)
-    streams = stack.streams_of({"vision": (visual.x, visual.meta), "text": (text, meta)})
+    seen = visual.meta
+    if image_at is not None:
+        before = jnp.asarray(image_at, jnp.int32).reshape(-1, 1)
+        seen = seen.replace(pos=seen.pos + before, rope=None if seen.rope is None else seen.rope + before)
+    streams = stack.streams_of({"vision": (visual.x, seen), "text": (text, meta)})
     streams = streams.replace(slots={**streams.slots, "vision": visual.slot})
     out = stack.run(params["llm"], program.stack("llm"), subset(arrays, "llm"), streams, phase=phase, mask=mask, key=key,
                     evidence=visual.evidence, new_rows=new_rows, **run)  # fmt: skip

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxattn.core.attend import attend
 from jaxattn.core.types import Array, Meta, contract, data, expect
 from jaxattn.nn import layers
-from jaxattn.nn.block import BlockConfig, make_stack
+from jaxattn.nn.block import BlockConfig, Projections, make_stack, project
 from models import stack
 from models.bind import Bound, Program, bind_stack, subset
 
@@ -23,6 +24,11 @@ class ViTConfig:
       zero padded by (stem - patch) / 2).  stem_hidden: width of a ReLU layer in the stem, 0 for one linear map.
     cls, registers: special rows in front.  pre_norm: a norm before the first layer (CLIP).  post_norm: after the last.
     classes: outputs of the classifier on CLS (or on the mean of patches), 0 for none.
+    special_positions: how many special rows, from the front, have learned positions of their own.  crop: pixels behind the
+      last whole patch are not seen (a convolution without padding).
+    pool: "" (CLS, or the mean of patches) | "cls_mean" (the classifier reads CLS and the mean, DINOv2) | "probe" (attention
+      of one learned query, then a feed-forward: SigLIP).  distilled: a second classifier on the row behind CLS, logits are
+      the mean of both (DeiT).
     """
 
     image: tuple
@@ -39,10 +45,20 @@ class ViTConfig:
     post_norm: bool = True
     classes: int = 0
     pos_scale: float = 0.02
+    special_positions: int = 0
+    crop: bool = False
+    pool: str = ""
+    distilled: bool = False
 
     def check(self):
+        whole = self.crop or not any(s % self.patch for s in self.image)
         expect("image", self.image, f"(height, width) in multiples of the patch, {self.patch}",
-               len(self.image) == 2 and not any(s % self.patch for s in self.image))  # fmt: skip
+               len(self.image) == 2 and min(self.image) >= self.patch and whole)  # fmt: skip
+        expect("special_positions", self.special_positions, f"at most the {self.special} special rows",
+               0 <= self.special_positions <= self.special)  # fmt: skip
+        expect("pool", self.pool, "'', 'cls_mean' (with cls) or 'probe'",
+               self.pool in ("", "probe") or (self.pool == "cls_mean" and self.cls))  # fmt: skip
+        expect("distilled", self.distilled, "a tower with cls and a row behind it", not self.distilled or self.special > 1)
         expect("stem", self.stem, f"0 or at least the patch, {self.patch}, of the same parity",
                self.stem == 0 or (self.stem >= self.patch and (self.stem - self.patch) % 2 == 0))  # fmt: skip
 
@@ -97,13 +113,31 @@ class ViT(nnx.Module):
         self.pos = nnx.Param(jnp.asarray(sincos_2d(*c.grid, dim)) * c.pos_scale)
         if c.special:
             self.special = nnx.Param(jax.random.normal(rngs.params(), (c.special, dim)) * 0.02)
+        if c.special_positions:
+            self.special_pos = nnx.Param(jnp.zeros((c.special_positions, dim)))
         if c.pre_norm:
             self.pre_norm = layers.Norm(dim, kind=c.block.norm)
         self.layers = make_stack(c.block, c.layers, rngs)
         if c.post_norm:
             self.norm = layers.Norm(dim, kind=c.block.norm)
+        if c.pool == "probe":
+            self.probe = Probe(c, rngs=rngs)
         if c.classes:
-            self.classifier = layers.Dense(dim, c.classes, bias=True, rngs=rngs)
+            seen = 2 * dim if c.pool == "cls_mean" else dim
+            self.classifier = layers.Dense(seen, c.classes, bias=True, rngs=rngs)
+            if c.distilled:
+                self.distilled = layers.Dense(dim, c.classes, bias=True, rngs=rngs)
+
+
+class Probe(nnx.Module):
+    """Attention pooling: a learned query over all rows, a norm and a feed-forward."""
+
+    def __init__(self, c: ViTConfig, *, rngs: nnx.Rngs):
+        b = c.block
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (1, b.dim)) * 0.02)
+        self.attn = Projections(b, out_scale=1.0, rngs=rngs)
+        self.norm = layers.Norm(b.dim, kind=b.norm)
+        self.mlp = layers.MLP(b.dim, b.hidden, gated=b.gated, bias=b.mlp_bias, out_scale=1.0, rngs=rngs)
 
 
 @data
@@ -117,13 +151,14 @@ class ViTOut:
 
 
 def bind(c: ViTConfig, params, *, attention=None, reduce=None, steering=None, remat=False, trained=None, key=None) -> Bound:
-    """Bind sockets to a tower; ``reduce`` maps "vision.6" to the transform before layer 6."""
+    """Bind sockets to a tower; ``reduce`` maps "vision.6" to the transform before layer 6,
+    "vision" to one with a schedule of its own."""
     cuts = {}
     for site, record in (reduce or {}).items():
-        expect("reduce", site, "'vision.<layer>' in a vision tower", site.startswith("vision."))
+        expect("reduce", site, "'vision' or 'vision.<layer>' in a vision tower", site == "vision" or site.startswith("vision."))
         cuts[site[7:]] = record
     program, operands, fresh = bind_stack(c.block, c.layers, "vision", attention=attention, reduce=cuts, steering=steering,
-                                          remat=remat, trained=trained, key=key)  # fmt: skip
+                                          remat=remat, trained=trained, key=key, rows=c.patches)  # fmt: skip
     arrays = {"operands": {"vision": operands}, "trained": {"vision": fresh}}
     return Bound(Program(c, (("vision", program),)), arrays, params)
 
@@ -162,7 +197,10 @@ def embed(params: dict, c: ViTConfig, image: Array, dtype=None) -> stack.Streams
     x = stem(params, c, image, dtype)
     groups = {}
     if c.special:
-        special = jnp.broadcast_to(params["special"].astype(x.dtype), (x.shape[0], c.special, x.shape[2]))
+        special = params["special"]
+        if c.special_positions:
+            special = special.at[: c.special_positions].add(params["special_pos"])
+        special = jnp.broadcast_to(special.astype(x.dtype), (x.shape[0], c.special, x.shape[2]))
         groups["special"] = (special, Meta.of(c.special))
     groups["vision"] = (x, patch_meta(c))
     streams = stack.streams_of(groups)
@@ -187,14 +225,34 @@ def finish(params: dict, c: ViTConfig, out: stack.StackOut) -> ViTOut:
     streams = out.streams
     if c.post_norm:
         streams = streams.replace(x=layers.norm(params["norm"], streams.x, c.block.eps))
-    if c.cls:
-        pooled = streams.x[:, 0]
+    rows = streams.tokens("vision")
+    if c.pool == "probe":
+        pooled = probe(params["probe"], c, streams)
     else:
-        rows = streams.tokens("vision")
-        weight = rows.meta.valid[..., None].astype(jnp.float32)
-        pooled = (rows.x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-    logits = layers.dense(params["classifier"], pooled).astype(jnp.float32) if c.classes else None
+        pooled = streams.x[:, 0] if c.cls else _mean(rows)
+    if not c.classes:
+        return ViTOut(streams, pooled, None, out)
+    seen = jnp.concatenate([pooled, _mean(rows).astype(pooled.dtype)], -1) if c.pool == "cls_mean" else pooled
+    logits = layers.dense(params["classifier"], seen).astype(jnp.float32)
+    if c.distilled:
+        logits = (logits + layers.dense(params["distilled"], streams.x[:, 1]).astype(jnp.float32)) / 2
     return ViTOut(streams, pooled, logits, out)
+
+
+def _mean(rows) -> Array:
+    weight = rows.meta.valid[..., None].astype(jnp.float32)
+    return (rows.x * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+
+
+def probe(p: dict, c: ViTConfig, streams: stack.Streams) -> Array:
+    """[B, C]: what the learned query reads from all rows."""
+    b, x = c.block, streams.x
+    query = jnp.broadcast_to(p["query"].astype(x.dtype), (x.shape[0], 1, b.dim))
+    q = layers.dense(p["attn"]["q"], query).reshape(x.shape[0], 1, b.heads, b.head_dim)
+    _, k, v = project(p["attn"], b, x)
+    out = attend(q, k, v, k_meta=streams.meta).out
+    y = layers.dense(p["attn"]["o"], out.reshape(x.shape[0], 1, -1).astype(x.dtype))
+    return (y + layers.mlp(p["mlp"], layers.norm(p["norm"], y, b.eps), b.activation))[:, 0]
 
 
 def init(c: ViTConfig, seed: int = 0) -> dict:

@@ -1,0 +1,174 @@
+"""Records what transformers computes on tiny random checkpoints: tests/golden/hf/<case>/.
+
+    python -m venv hf && hf/bin/pip install torch transformers
+    hf/bin/python tests/models/hub/record.py [case ...]
+
+A case is a checkpoint (config.json, model.safetensors) and io.npz. Language models: padded prompts, the logits at their
+tokens, 64 greedy tokens of every prompt alone and the distance of the best two logits at each. Towers: images and rows.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+
+OUT = Path(__file__).parents[2] / "golden" / "hf"
+STEPS = 64
+
+TEXT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
+            max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=None)  # fmt: skip
+TOWER = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, image_size=12, patch_size=4)
+DINO = {k: v for k, v in TOWER.items() if k != "intermediate_size"} | dict(mlp_ratio=2)
+
+
+def rope(kind, **fields):
+    return dict(rope_type=kind, rope_theta=10000.0, **fields)
+
+
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+TEXT_CASES = {
+    "llama": (hf.LlamaConfig, dict(rms_norm_eps=1e-5)),
+    "llama_bias": (hf.LlamaConfig, dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=4)),
+    "llama_linear": (hf.LlamaConfig, dict(rope_parameters=rope("linear", factor=2.5), num_key_value_heads=1)),
+    "llama_dynamic": (hf.LlamaConfig, dict(rope_parameters=rope("dynamic", factor=2.0), max_position_embeddings=20)),
+    "llama_llama3": (hf.LlamaConfig, dict(rope_parameters=rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32))),
+    "llama_yarn": (hf.LlamaConfig, dict(rope_parameters=YARN, head_dim=10)),
+    "mistral": (hf.MistralConfig, dict(sliding_window=7, num_attention_heads=6, head_dim=6)),
+    "qwen2": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen2_window": (hf.Qwen2Config, dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen3": (hf.Qwen3Config, dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3_bias": (hf.Qwen3Config, dict(head_dim=8, attention_bias=True, rope_parameters=YARN)),
+}  # fmt: skip
+TOWER_CASES = {
+    "vit": (hf.ViTForImageClassification, hf.ViTConfig, TOWER | dict(num_labels=5)),
+    "vit_wide": (hf.ViTModel, hf.ViTConfig, TOWER | dict(image_size=[8, 16], qkv_bias=False, num_channels=1)),
+    "deit": (hf.DeiTForImageClassificationWithTeacher, hf.DeiTConfig, TOWER | dict(num_labels=5)),
+    "deit_student": (hf.DeiTForImageClassification, hf.DeiTConfig, TOWER | dict(num_labels=3)),
+    "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig, TOWER | dict(image_size=14)),
+    "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig, TOWER | dict(image_size=15)),
+    "dinov2": (hf.Dinov2ForImageClassification, hf.Dinov2Config, DINO | dict(num_labels=5)),
+    "dinov2_registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig, DINO | dict(num_register_tokens=3)),
+}
+LLAVA_CASES = {
+    "llava": (hf.CLIPVisionConfig, hf.LlamaConfig, dict(vision_feature_layer=-2)),
+    "llava_siglip": (hf.SiglipVisionConfig, hf.Qwen2Config,
+                     dict(vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True)),
+}  # fmt: skip
+IMAGE_TOKEN = 60
+
+
+def randomise(model, seed):
+    """Weights large enough that logits differ; norms and scales around one, biases and positions not zero."""
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    embed = 0.25 if tied else 0.8  # else a tied head repeats the token that it reads
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1 and name.endswith("weight") or "lambda" in name:
+                p.copy_(1 + 0.2 * noise)
+            else:
+                p.copy_(noise * (0.3 if p.ndim == 1 else embed if "embed" in name else 1.6 * p.shape[-1] ** -0.5))
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy(make, steps, **inputs):
+    """(tokens [steps], best minus second logit [steps]) of a fresh model on one prompt."""
+    out = make().generate(**inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    top = torch.stack(out.logits)[:, 0].topk(2).values
+    return out.sequences[0, inputs["input_ids"].shape[1] :].numpy(), (top[:, 0] - top[:, 1]).numpy()
+
+
+def telling(runs):
+    """No near ties, and texts that do not get stuck."""
+    return min(gap.min() for _, gap in runs) > 1e-3 and min(len(set(tokens.tolist())) for tokens, _ in runs) >= 8
+
+
+@torch.no_grad()
+def text_case(name):
+    kind, fields = TEXT_CASES[name]
+    config = kind(**{**TEXT, **fields})
+    lengths = np.array([23, 23, 23] if "dynamic" in name else [13, 9, 1])
+    tokens = np.random.default_rng(0).integers(3, 60, (3, lengths.max()))
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    for seed in range(50):
+
+        def make(seed=seed):
+            torch.manual_seed(0)
+            return randomise(hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed)
+
+        runs = [greedy(make, STEPS, input_ids=torch.tensor(t[None, :n]), attention_mask=torch.ones(1, n, dtype=torch.long))
+                for t, n in zip(tokens, lengths, strict=True)]  # fmt: skip
+        if telling(runs):
+            break
+    model = make()
+    logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits.numpy()
+    model.save_pretrained(OUT / name)
+    return dict(tokens=tokens.astype(np.int32), lengths=lengths, logits=logits * mask[..., None],
+                greedy=np.stack([t for t, _ in runs]).astype(np.int32), gap=np.stack([g for _, g in runs]))  # fmt: skip
+
+
+@torch.no_grad()
+def tower_case(name):
+    kind, config_kind, fields = TOWER_CASES[name]
+    config = config_kind(**fields)
+    model = randomise(kind._from_config(config, attn_implementation="eager"), 0)
+    model.save_pretrained(OUT / name)
+    size = fields["image_size"] if isinstance(fields["image_size"], list) else [fields["image_size"]] * 2
+    image = np.random.default_rng(0).normal(size=(2, config.num_channels, *size)).astype(np.float32)
+    out = model(pixel_values=torch.tensor(image), output_hidden_states=True)
+    found = dict(image=image.transpose(0, 2, 3, 1), penultimate=out.hidden_states[-2].numpy(), last=out.hidden_states[-1].numpy())
+    for key in ("logits", "pooler_output", "last_hidden_state"):
+        if getattr(out, key, None) is not None:
+            found[key] = getattr(out, key).numpy()
+    return found
+
+
+@torch.no_grad()
+def llava_case(name):
+    tower, text, fields = LLAVA_CASES[name]
+    tie = fields.get("tie_word_embeddings", False)
+    config = hf.LlavaConfig(vision_config=tower(**TOWER), text_config=text(**TEXT | dict(tie_word_embeddings=tie)),
+                            image_token_index=IMAGE_TOKEN, image_seq_length=9, **fields)  # fmt: skip
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 3, 12, 12)).astype(np.float32)
+    prompts = [[*rng.integers(3, 60, a), *[IMAGE_TOKEN] * 9, *rng.integers(3, 60, b)] for a, b in ((4, 6), (1, 3))]
+    lengths = np.array([len(p) for p in prompts])
+    tokens = np.array([p + [0] * (max(lengths) - len(p)) for p in prompts])
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    for seed in range(50):
+
+        def make(seed=seed):
+            return randomise(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager"), seed)
+
+        runs = [greedy(make, STEPS, input_ids=torch.tensor(t[None, :n]), pixel_values=torch.tensor(x[None]),
+                       attention_mask=torch.ones(1, n, dtype=torch.long))
+                for t, n, x in zip(tokens, lengths, image, strict=True)]  # fmt: skip
+        if telling(runs):
+            break
+    model = make()
+    out = model(input_ids=torch.tensor(tokens), pixel_values=torch.tensor(image), attention_mask=torch.tensor(mask).long())
+    model.save_pretrained(OUT / name)
+    text_rows = mask & (tokens != IMAGE_TOKEN)
+    return dict(tokens=tokens.astype(np.int32), lengths=lengths, image=image.transpose(0, 2, 3, 1),
+                logits=out.logits.numpy() * text_rows[..., None], greedy=np.stack([t for t, _ in runs]).astype(np.int32),
+                gap=np.stack([g for _, g in runs]))  # fmt: skip
+
+
+CASES = {**dict.fromkeys(TEXT_CASES, text_case), **dict.fromkeys(TOWER_CASES, tower_case), **dict.fromkeys(LLAVA_CASES, llava_case)}
+
+
+def main(names):
+    for name in names or CASES:
+        found = CASES[name](name)
+        (OUT / name / "generation_config.json").unlink(missing_ok=True)
+        np.savez_compressed(OUT / name / "io.npz", **found)
+        print(name, f"{sum(p.stat().st_size for p in (OUT / name).iterdir()) / 1e3:.0f} kB", found.get("gap", np.ones(1)).min(), [len(set(t)) for t in found.get("greedy", np.ones((1, 1))).tolist()])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
