@@ -19,9 +19,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from pallas_kernels.flash import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash}
+
+def _tpu(operands: dict, options: Options):
+    from pallas_kernels.flash import tpu  # on first use: loading Pallas takes longer than most programs' imports
+
+    return tpu.flash(operands, options)
+
+
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash, "tpu": _tpu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +49,22 @@ class Options:
 
 
 def flash(operands: dict, options: Options, implementation: str | None = None):
-    """See the module's docstring. ``implementation=None`` picks the fast path that works here."""
+    """See the module's docstring. ``implementation=None`` picks the fast path that works here; a named one raises a
+    ValueError that says what it does not support."""
     if implementation is None:
-        implementation = "xla"
+        implementation = "tpu" if _suits_tpu(operands, options) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
     return IMPLEMENTATIONS[implementation](operands, options)
+
+
+def _suits_tpu(operands: dict, options: Options) -> bool:
+    if jax.default_backend() != "tpu":
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = jax.device_count() == 1 or (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
+    if not alone:  # a kernel does not partition by itself: many devices need a shard_map around it
+        return False
+    from pallas_kernels.flash import layout
+
+    return layout.unsupported(operands, options) is None

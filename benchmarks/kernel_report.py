@@ -1,0 +1,169 @@
+"""What the TPU compiler says about the kernels at full size: memory by kind, per kernel and chip.
+
+    python -m benchmarks.kernel_report tpu                          # 128K tokens, every chip generation
+    python -m benchmarks.kernel_report tpu --chips v6e --tokens 32768 --lists shared
+
+Nothing runs: programs are compiled ahead of time from shapes (extra ``tpu-aot``). A kernel that does not fit its chip
+fails here as it would there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from typing import Annotated, Literal
+
+from benchmarks.compile_report import show, topology  # first: it prepares the environment for compilers without chips
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+import tyro  # isort: skip
+from jax.extend import core  # isort: skip
+from jax.sharding import SingleDeviceSharding  # isort: skip
+
+from jaxattn.core import mask as masks  # isort: skip
+from pallas_kernels import flash as op  # isort: skip
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+COLUMNS = ("chip", "program", "kernel", "VMEM", "SMEM", "HBM in", "HBM out", "program temp", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """Compile the block-list attention, forward and backward, for one device of each chip."""
+
+    chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
+    tokens: int = 131072
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block: int = 128
+    """Keys of a unit and queries of a tile."""
+    entries: int = 64
+    """Units in a list."""
+    lists: Literal["shared", "kv heads", "query heads"] = "kv heads"
+    json: bool = False
+    """Print one JSON array (bytes) instead of a table."""
+
+
+def flash_shapes(options: Tpu, sharding) -> tuple[dict, dict, op.Options]:
+    """(differentiable operands, integer operands, static options) of a causal call, as shapes in bfloat16."""
+    n, g = options.tokens, options.kv_heads
+    lists = {"shared": 1, "kv heads": g, "query heads": options.heads}[options.lists]
+    tiles = -(-n // options.block)
+
+    def shape(dtype, *size):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    floats = {
+        "q": shape(jnp.bfloat16, 1, n, options.heads, options.head_dim),
+        "k": shape(jnp.bfloat16, 1, n, g, options.head_dim),
+        "v": shape(jnp.bfloat16, 1, n, g, options.head_dim),
+    }
+    ints = {
+        "index": shape(jnp.int32, 1, lists, tiles, options.entries),
+        "count": shape(jnp.int32, 1, lists, tiles),
+        "k_valid": shape(jnp.bool_, 1, n),
+        "q_fields": {"pos": shape(jnp.int32, 1, n)},
+        "k_fields": {"pos": shape(jnp.int32, 1, n)},
+    }
+    static = op.Options(masks.causal(), scale=options.head_dim**-0.5, unit=options.block, tile=options.block)
+    return floats, ints, static
+
+
+def programs(static: op.Options) -> dict:
+    """{name: f(floats, ints)}: the attention, and the gradient of its operands from both outputs."""
+
+    def forward(floats, ints):
+        return op.flash(floats | ints, static, "tpu")
+
+    def backward(floats, ints, cotangents):
+        return jax.vjp(lambda f: forward(f, ints), floats)[1](cotangents)[0]
+
+    return {"forward": forward, "backward": backward}
+
+
+def kernel_calls(jaxpr) -> list:
+    """The kernels in a jaxpr, however deep."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn)
+            continue
+        for value in eqn.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            found += kernel_calls(inner) if isinstance(inner, core.Jaxpr) else []
+    return found
+
+
+def scalar_bytes(eqn) -> int:
+    """Scalar memory of a kernel: its blocks twice, for the pipeline, and its scratch; rows are padded to 128 words."""
+    refs = eqn.params["jaxpr"].invars
+    blocks = len(eqn.invars) + len(eqn.outvars)
+    total = 0
+    for i, ref in enumerate(refs):
+        if "smem" in str(ref.aval.memory_space).lower():
+            *outer, last = ref.aval.shape
+            total += (2 if i < blocks else 1) * math.prod(outer) * -(-last // 128) * 128 * 4
+    return total
+
+
+def nbytes(variables) -> int:
+    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in variables)
+
+
+def vector_bytes(eqn, sharding) -> int:
+    """Vector memory of a kernel, register spills included, as its compiler reports it. Compiled alone: the text of a
+    whole program cannot always be printed."""
+
+    def alone(*arrays):
+        return eqn.primitive.bind(*arrays, **eqn.params)
+
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=sharding) for x in eqn.invars]
+    text = jax.jit(alone).lower(*shapes).compile().as_text()
+    line = next(x for x in text.splitlines() if 'custom_call_target="tpu_custom_call"' in x)
+    return int(re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', line)[1])
+
+
+def report(chip: str, options: Tpu) -> list[dict]:
+    sharding = SingleDeviceSharding(topology(CHIPS[chip]).devices[0])
+    floats, ints, static = flash_shapes(options, sharding)
+    named = programs(static)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    outputs = jax.tree.map(place, jax.eval_shape(named["forward"], floats, ints))
+    rows = []
+    for name, args in (("forward", (floats, ints)), ("backward", (floats, ints, outputs))):
+        start = time.perf_counter()
+        traced = jax.jit(named[name]).trace(*args)
+        compiled = traced.lower().compile()
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        for eqn in kernel_calls(traced.jaxpr.jaxpr):
+            kernel = eqn.params["name"]
+            if name == "backward" and kernel == "flash_forward":
+                continue  # recomputed only because the gradient is asked for alone
+            rows.append({
+                "chip": chip, "program": name, "kernel": kernel, "VMEM": vector_bytes(eqn, sharding),
+                "SMEM": scalar_bytes(eqn), "HBM in": nbytes(eqn.invars), "HBM out": nbytes(eqn.outvars),
+                "program temp": memory.temp_size_in_bytes, "seconds": round(seconds, 1),
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    choice = Annotated[Tpu, tyro.conf.subcommand("tpu")] | Annotated[None, tyro.conf.Suppress]
+    options = tyro.cli(choice, description=__doc__.split("\n\n")[0])
+    rows = [row for chip in options.chips for row in report(chip, options)]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    kib, mib = (lambda x: f"{x / 2**10:,.0f} KiB"), (lambda x: f"{x / 2**20:,.0f} MiB")
+    unit = {"VMEM": kib, "SMEM": kib, "HBM in": mib, "HBM out": mib, "program temp": mib}
+    show(COLUMNS, [tuple(unit.get(x, str)(row[x]) for x in COLUMNS) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

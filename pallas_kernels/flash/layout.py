@@ -1,0 +1,265 @@
+"""Operands as accelerator kernels want them: heads before tokens, tiles and units as whole trailing blocks.
+
+A block of query rows holds one query tile of ``pack`` query heads that share a kv head and a list, so grouped queries
+read each key once. Per-row and per-key facts travel as ``[facts, rows]`` with the long axis on the lanes. Every key
+array gets one unit more than there are keys: invisible and zero, it stands for list entries that are not in use, so
+that kernels need no notion of liveness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LANES = 128
+CHUNK = 128  # entries of a transposed list read at a time
+
+
+def ceil_to(n: int, size: int) -> int:
+    return -(-n // size) * size
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static facts of one call. ``rows``: query rows per block, ``unit_rows`` and ``unit_lanes``: a unit padded for
+    the sublanes or the lanes, ``step``: units per loop step."""
+
+    b: int
+    n: int
+    m: int
+    h: int
+    g: int
+    d: int
+    dv: int
+    tile: int
+    unit: int
+    pack: int
+    rows: int
+    unit_rows: int
+    unit_lanes: int
+    step: int
+    d_pad: int
+    dv_pad: int
+    query_fields: tuple[str, ...]
+    row: tuple[str, ...]
+    key: tuple[str, ...]
+    biased: bool
+    bounded: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // self.tile)
+
+    @property
+    def units(self) -> int:
+        return -(-self.m // self.unit)
+
+    @property
+    def blocks(self) -> int:
+        """Row blocks per query tile."""
+        return self.h // self.pack
+
+    @property
+    def key_floats(self) -> tuple[str, ...]:
+        """Per-key floats in the order of their rows; the bias comes last under a name no side row can have."""
+        return (*self.key, "+bias") if self.biased else self.key
+
+
+def plan(o: dict, opt, *, sublanes: int, rows: int, keys: int) -> Plan:
+    """``rows`` and ``keys``: how many query rows and keys a kernel would like to hold at a time."""
+    (b, n, h, d), (m, g), dv = o["q"].shape, o["k"].shape[1:3], o["v"].shape[3]
+    key = tuple(sorted(o.get("key", {}))) if opt.score_mod is not None else ()
+    row = tuple(sorted(o.get("row", {}))) if opt.score_mod is not None else ()
+    biased = o.get("key_bias") is not None
+    heads = [o["index"].shape[1]] + [o["key"][x].shape[2] for x in key]
+    heads += [o["key_bias"].shape[2]] if biased else []
+    r = h // g
+    pack = 1
+    if not any(x == h and x != g for x in heads):  # one list and one set of key facts for the heads of a block
+        pack = max(p for p in range(1, r + 1) if r % p == 0 and (p == 1 or p * opt.tile <= rows))
+    unit_rows = ceil_to(opt.unit, sublanes)
+    return Plan(
+        b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, ceil_to(pack * opt.tile, LANES), unit_rows,
+        ceil_to(opt.unit, LANES), max(1, min(o["index"].shape[3], keys // unit_rows)), ceil_to(d, LANES), ceil_to(dv, LANES),
+        tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None,
+    )  # fmt: skip
+
+
+def _pad(x, axis: int, size: int, value=0):
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[a] if a == axis else 0) for a in range(x.ndim)], constant_values=value)
+
+
+def rows_of(p: Plan, x, width: int | None = None, value=0):
+    """[b, N, 1|H, E] -> [b, 1|blocks, tiles, rows, width or E]."""
+    b, _, h, e = x.shape
+    x = _pad(x, 1, p.tiles * p.tile, value).reshape(b, p.tiles, p.tile, h, e)
+    if h == 1:
+        x = jnp.broadcast_to(jnp.moveaxis(x, 3, 1)[:, :, :, None], (b, 1, p.tiles, p.pack, p.tile, e))
+    else:
+        x = jnp.transpose(x.reshape(b, p.tiles, p.tile, p.blocks, p.pack, e), (0, 3, 1, 4, 2, 5))
+    x = _pad(x.reshape(*x.shape[:3], p.pack * p.tile, e), 3, p.rows, value)
+    return x if width is None else _pad(x, 4, width)
+
+
+def from_rows(p: Plan, x):
+    """[B, blocks, tiles, rows, E] -> [B, N, H, E]."""
+    x = x[:, :, :, : p.pack * p.tile].reshape(*x.shape[:3], p.pack, p.tile, x.shape[4])
+    x = jnp.transpose(x, (0, 2, 4, 1, 3, 5)).reshape(x.shape[0], p.tiles * p.tile, p.h, x.shape[5])
+    return x[:, : p.n]
+
+
+def row_facts(p: Plan, facts: list):
+    """Facts [b, N, 1|H] -> [b, 1|blocks, tiles, len(facts), rows]."""
+    shape = jnp.broadcast_shapes(*(x.shape for x in facts))
+    x = jnp.stack([jnp.broadcast_to(x, shape) for x in facts], -1)
+    return jnp.swapaxes(rows_of(p, x), 3, 4)
+
+
+def units_of(p: Plan, x, width: int):
+    """[B, M, G, E] -> [B, G, units + 1, unit_rows, width]."""
+    b, _, g, e = x.shape
+    x = _pad(x, 1, (p.units + 1) * p.unit).reshape(b, p.units + 1, p.unit, g, e)
+    return _pad(_pad(jnp.transpose(x, (0, 3, 1, 2, 4)), 3, p.unit_rows), 4, width)
+
+
+def key_facts(p: Plan, facts: list):
+    """Facts [b, M, 1|G|H] -> [b, 1|G|H, units + 1, len(facts), unit_lanes]."""
+    b = max(x.shape[0] for x in facts)
+    h = max(x.shape[2] for x in facts)
+    spread = [x if x.shape[2] in (1, h) else jnp.repeat(x, h // x.shape[2], axis=2) for x in facts]
+    x = jnp.stack([jnp.broadcast_to(x, (b, p.m, h)) for x in spread], 1)  # [b, F, M, h]
+    x = _pad(x, 2, (p.units + 1) * p.unit).reshape(b, len(facts), p.units + 1, p.unit, h)
+    return _pad(jnp.transpose(x, (0, 4, 2, 1, 3)), 4, p.unit_lanes)
+
+
+def _per_row(p: Plan, x):
+    """A field [b, N] or [b, G, N] as [b, N, 1|H]."""
+    return x[..., None] if x.ndim == 2 else jnp.repeat(jnp.moveaxis(x, 1, 2), p.h // p.g, axis=2)
+
+
+def _per_key(x):
+    return x[..., None] if x.ndim == 2 else jnp.moveaxis(x, 1, 2)
+
+
+def arrange_floats(p: Plan, o: dict) -> dict:
+    """The differentiable operands, by a linear map."""
+    out = {"q": rows_of(p, o["q"], p.d_pad), "k": units_of(p, o["k"], p.d_pad), "v": units_of(p, o["v"], p.dv_pad)}
+    if p.row:
+        out["row"] = row_facts(p, [o["row"][x].astype(jnp.float32) for x in p.row])
+    if p.key_floats:
+        facts = [(o["key_bias"] if x == "+bias" else o["key"][x]).astype(jnp.float32) for x in p.key_floats]
+        out["key"] = key_facts(p, facts)
+    return out
+
+
+def arrange_ints(p: Plan, o: dict) -> dict:
+    """Fields and lists. ``lists`` [b, Hs, tiles, 1, 1 + L (+ 2 L)]: the count, then units, then the live ranges."""
+    fields = [_per_key(o["k_valid"]).astype(jnp.int32)] + [_per_key(o["k_fields"][x]) for x in p.query_fields]
+    out = {"key_int": key_facts(p, fields)}
+    if p.query_fields:
+        out["row_int"] = row_facts(p, [_per_row(p, o["q_fields"][x]) for x in p.query_fields])
+    index, count = o["index"], o["count"]
+    k = index.shape[3]
+    count = jnp.clip(count, 0, k)
+    used = (jnp.arange(k) < count[..., None]) & (index >= 0) & (index < p.units)
+    index = _pad(jnp.where(used, index, p.units), 3, ceil_to(k, p.step), p.units)
+    parts = [count[..., None], index]
+    if p.bounded:
+        parts += [_pad(o["bounds"][..., side], 3, index.shape[3]) for side in (0, 1)]
+    out["lists"] = jnp.concatenate(parts, -1).astype(jnp.int32)[:, :, :, None]
+    return out
+
+
+def list_length(p: Plan, lists) -> int:
+    return (lists.shape[-1] - 1) // (3 if p.bounded else 1)
+
+
+def transpose_lists(p: Plan, lists):
+    """Which query tiles list each unit: (chunks [b, Hs, C, 1 | 3, CHUNK], offsets [b, Hs, 1, 1, units + 1]).
+
+    The entries of unit u are offsets[u] .. offsets[u + 1] of the chunks laid end to end: as long as the lists, where
+    one list per unit would have to be as long as there are tiles."""
+    length = list_length(p, lists)
+    b, hs = lists.shape[:2]
+    unit = lists[:, :, :, 0, 1 : 1 + length].reshape(b, hs, -1)
+    tile = jnp.broadcast_to(jnp.arange(p.tiles, dtype=jnp.int32)[:, None], (p.tiles, length)).reshape(-1)
+    payload = [jnp.broadcast_to(tile, unit.shape)]
+    if p.bounded:
+        payload += [lists[:, :, :, 0, 1 + i * length : 1 + (i + 1) * length].reshape(b, hs, -1) for i in (1, 2)]
+    unit, *payload = lax.sort((unit, *payload), num_keys=1, is_stable=True)
+    find = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(p.units + 1, dtype=jnp.int32))))
+    size = ceil_to(unit.shape[-1], CHUNK)
+    chunks = jnp.stack([_pad(x, 2, size).reshape(b, hs, size // CHUNK, CHUNK) for x in payload], 3)
+    return chunks, find(unit).astype(jnp.int32)[:, :, None, None]
+
+
+# ------------------------------------------------------------------------------------------------ what lowers
+
+# Elementwise operations that both Mosaic TPU and Triton lower (checked by compiling).
+ELEMENTWISE = frozenset(
+    "add sub mul neg abs rem max min and or xor not eq ne lt le gt ge exp exp2 log log1p tanh logistic sqrt rsqrt pow "
+    "integer_pow square shift_left shift_right_arithmetic shift_right_logical select_n convert_element_type "
+    "broadcast_in_dim reshape squeeze expand_dims copy stop_gradient reduce_sum add_any mul_add clamp".split()
+)
+NESTED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
+
+
+def _not_lowered(jaxpr) -> list[str]:
+    found = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in NESTED:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            found += _not_lowered(getattr(inner, "jaxpr", inner))
+        elif name == "div":
+            continue  # of floats, and lax.div of integers
+        elif name == "select_n" and eqn.outvars[0].aval.dtype == bool:
+            found.append("where on booleans")
+        elif name not in ELEMENTWISE:
+            found.append(name)
+    return found
+
+
+def refused(call, *args) -> list[str]:
+    """Operations inside ``call(*args)`` that kernels do not lower, and captured arrays."""
+    closed = jax.make_jaxpr(call)(*args)
+    found = _not_lowered(closed.jaxpr)
+    return sorted(set(found)) + ["a captured array"] * any(jnp.ndim(x) > 0 for x in closed.consts)
+
+
+def unsupported(o: dict, opt) -> str | None:
+    """What the accelerator bodies cannot do with this call, or None."""
+    for name in ("q", "k", "v"):
+        if o[name].dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} of {o[name].dtype}: expected float32 or bfloat16"
+    if o["k"].dtype != o["q"].dtype:
+        return f"k of {o['k'].dtype} beside q of {o['q'].dtype}: expected one dtype"
+    if o.get("bias") is not None:
+        return "bias that differs by query (a table of queries by keys); key_bias is supported"
+    if o.get("log_weight") is not None:
+        return "log_weight of units"
+    if max(o["q"].shape[3], o["v"].shape[3]) > 256:
+        return f"head sizes {o['q'].shape[3]} and {o['v'].shape[3]}: expected at most 256"
+    if not 8 <= opt.unit <= 1024:
+        return f"units of {opt.unit} keys: expected 8 to 1024"
+    if opt.tile > 1024:
+        return f"tiles of {opt.tile} queries: expected at most 1024"
+    names = {x: jnp.zeros((2, 3), jnp.int32) for x in o["q_fields"]}
+    if opt.mask is not None and (found := refused(opt.mask.test, names, names)):
+        return f"mask with {', '.join(found)}"
+    if opt.score_mod is not None:
+        s = jnp.zeros((2, 3), jnp.float32)
+        row, key = ({x: s for x in o.get(side, {})} for side in ("row", "key"))
+
+        def both(s, q, k, row, key):
+            value, pull = jax.vjp(lambda s, row, key: opt.score_mod(s, q, k, row, key), s, row, key)
+            return value, pull(value)
+
+        if found := refused(both, s, names, names, row, key):
+            return f"score_mod with {', '.join(found)}"
+    return None

@@ -1,0 +1,313 @@
+"""The Mosaic TPU kernels: forward, queries' gradient, keys' gradient, over block lists.
+
+Keys stay in HBM; each grid step owns one block of query rows and copies the units of its list into VMEM, two steps of
+the loop in flight. The list comes with the grid step as a block of scalar memory, so no table is ever whole there. The
+keys' gradient walks the transposed lists, read from HBM a chunk at a time, with keys on the sublanes: every product is
+then one the MXU takes without a transposition.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.flash import layout
+from pallas_kernels.flash.layout import CHUNK, LANES, Plan
+
+NN, NT = ((1,), (0,)), ((1,), (1,))
+
+
+def _dot(a, b, dims):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32, precision=precision)
+
+
+def _column(x):
+    """[1, n] -> [n, 1]; n a multiple of the lanes."""
+    return jnp.broadcast_to(x, (LANES, x.shape[1])).T[:, :1]
+
+
+def _row(x):
+    """[n, 1] -> [1, n]."""
+    return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
+
+
+def at(p: Plan, x, b, h):
+    """Where an array [1|B, 1|G|blocks, ...] holds what goes with batch row ``b`` and row block ``h``."""
+    heads = x.shape[1]
+    return b if x.shape[0] > 1 else 0, h if heads == p.blocks else 0 if heads == 1 else lax.div(h, p.blocks // heads)
+
+
+# ------------------------------------------------------------------------------------------------------ one tile pair
+
+
+def _visible(opt, shape, valid, row_int: dict, key_int: dict):
+    """bool of ``shape``; facts broadcast first, because booleans do not."""
+    ok = jnp.broadcast_to(valid, shape) != 0
+    if opt.mask is not None:
+        q, k = ({x: jnp.broadcast_to(a, shape) for x, a in side.items()} for side in (row_int, key_int))
+        ok = ok & opt.mask.test(q, k)
+    return ok
+
+
+def _logits(p: Plan, opt, row_int: dict, key_int: dict):
+    """f(products, row floats, key floats) -> logits, for ``jax.vjp``."""
+
+    def logits(s, row, key):
+        s = s * opt.scale
+        spread = lambda side: {x: jnp.broadcast_to(a, s.shape) for x, a in side.items()}  # noqa: E731
+        if opt.score_mod is not None:
+            sides = {x: a for x, a in key.items() if x != "+bias"}
+            s = opt.score_mod(s, spread(row_int), spread(key_int), spread(row), spread(sides)).astype(jnp.float32)
+        return s + key["+bias"] if p.biased else s
+
+    return logits
+
+
+def _facts(names, ref, turn):
+    return {name: turn(ref[i : i + 1, :]) for i, name in enumerate(names)}
+
+
+def _inside(lo, hi, shape, axis: int):
+    """int32, 1 in the live range of a unit whose keys run along ``axis``."""
+    i = lax.broadcasted_iota(jnp.int32, shape, axis)
+    return jnp.where((i >= lo) & (i < hi), 1, 0)
+
+
+# --------------------------------------------------------------------------------------- loops over a list of units
+
+
+def key_buffers(p: Plan, arrays: dict):
+    """Double buffers for ``step`` units of each key array in HBM."""
+    names = [x for x in ("k", "v", "key_int", "key") if x in arrays]
+    shapes = {x: pltpu.VMEM((2, p.step, *arrays[x].shape[3:]), arrays[x].dtype) for x in names}
+    return names, [shapes[x] for x in names] + [pltpu.SemaphoreType.DMA((2,))]
+
+
+def _over_units(p: Plan, r: dict, names, b, h, body):
+    """Run ``body(entry, fetched)`` for each step of the list in ``r["lists"]``; ``fetched`` maps names to
+    ``[step, ...]`` views of the units."""
+    steps = lax.div(r["lists"][0, 0] + p.step - 1, p.step)
+
+    def copies(j, slot, real: bool):
+        for c in range(p.step):
+            unit = r["lists"][0, 1 + j * p.step + c] if real else 0
+            for name in names:
+                source = r[name].at[*at(p, r[name], b, h), unit]
+                yield pltpu.make_async_copy(source, r["+" + name].at[slot, c], r["sem"].at[slot])
+
+    def start(j, slot):
+        for copy in copies(j, slot, True):
+            copy.start()
+
+    @pl.when(steps > 0)
+    def _():
+        start(0, 0)
+
+    def step(j, _):
+        slot = lax.rem(j, 2)
+
+        @pl.when(j + 1 < steps)
+        def _():
+            start(j + 1, 1 - slot)
+
+        for copy in copies(j, slot, False):
+            copy.wait()
+        body(j * p.step, {name: r["+" + name].at[slot] for name in names})
+        return 0
+
+    lax.fori_loop(0, steps, step, 0)
+
+
+def _together(p: Plan, ref, i: int):
+    """Fact ``i`` of the fetched units as one row [1, step * unit_rows]."""
+    return jnp.concatenate([ref[c, i : i + 1, : p.unit_rows] for c in range(p.step)], -1)
+
+
+def _fetched_keys(p: Plan, r: dict, entry, got: dict):
+    """(key floats, key ints, valid) of the fetched units, as rows."""
+    key_int = {x: _together(p, got["key_int"], 1 + i) for i, x in enumerate(p.query_fields)}
+    key = {x: _together(p, got["key"], i) for i, x in enumerate(p.key_floats)}
+    valid = _together(p, got["key_int"], 0)
+    if p.bounded:
+        low, high = (1 + i * layout.list_length(p, r["lists"]) + entry for i in (1, 2))
+        lists, shape = r["lists"], (1, p.unit_rows)
+        live = [_inside(lists[0, low + c], lists[0, high + c], shape, 1) for c in range(p.step)]
+        valid = valid * jnp.concatenate(live, -1)
+    return key, key_int, valid
+
+
+def _merged(p: Plan, ref):
+    """Rows of the fetched units [step, unit_rows, width] as one matrix."""
+    x = ref[...]
+    return x.reshape(p.step * p.unit_rows, x.shape[-1])
+
+
+def _row_sides(p: Plan, r: dict, turn):
+    row_int = _facts(p.query_fields, r["row_int"], turn) if p.query_fields else {}
+    return row_int, _facts(p.row, r["row"], turn) if p.row else {}
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def forward_kernel(p: Plan, opt, names, keys, *refs):
+    r = dict(zip(names, refs, strict=True))
+    b, h = pl.program_id(0), pl.program_id(1)
+    row_int, row = _row_sides(p, r, _column)
+    r["top"][...] = jnp.full_like(r["top"], -jnp.inf)
+    r["mass"][...] = jnp.zeros_like(r["mass"])
+    r["total"][...] = jnp.zeros_like(r["total"])
+
+    def body(entry, got):
+        key, key_int, valid = _fetched_keys(p, r, entry, got)
+        s = _dot(r["q"][...], _merged(p, got["k"]), NT)
+        ok = _visible(opt, s.shape, valid, row_int, key_int)
+        s = _logits(p, opt, row_int, key_int)(s, row, key)
+        v = _merged(p, got["v"])
+        if opt.normalizer == "none":
+            r["total"][...] += _dot(jnp.where(ok, s, 0.0).astype(v.dtype), v, NN)
+            return
+        s = jnp.where(ok, s, -jnp.inf)
+        top = r["top"][:, :1]
+        new = jnp.maximum(top, s.max(-1, keepdims=True))
+        safe = jnp.where(new > -jnp.inf, new, 0.0)
+        e = jnp.exp(s - safe)
+        shrink = jnp.exp(top - safe)
+        wide = r["top"].shape
+        r["mass"][...] = r["mass"][...] * shrink + jnp.broadcast_to(e.sum(-1, keepdims=True), wide)
+        r["top"][...] = jnp.broadcast_to(new, wide)
+        r["total"][...] = r["total"][...] * shrink + _dot(e.astype(v.dtype), v, NN)
+
+    _over_units(p, r, keys, b, h, body)
+    if opt.normalizer == "none":
+        r["out"][...] = r["total"][...].astype(r["out"].dtype)
+        r["lse"][...] = jnp.zeros_like(r["lse"])
+        return
+    top, mass = r["top"][:, :1], r["mass"][:, :1]
+    seen = mass > 0
+    safe = jnp.where(seen, mass, 1.0)
+    r["out"][...] = (r["total"][...] / safe).astype(r["out"].dtype)
+    r["lse"][...] = _row(jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf))
+
+
+def _pair_gradient(p: Plan, opt, s, dp, ok, lse, delta, sides, row, key):
+    """(probabilities, gradient of the products, gradients of row and key floats) of one tile pair."""
+    s, pull = jax.vjp(_logits(p, opt, *sides), s, row, key)
+    if opt.normalizer == "none":
+        prob, ds = jnp.where(ok, s, 0.0), jnp.where(ok, dp, 0.0)
+    else:
+        prob = jnp.exp(jnp.where(ok, s, -jnp.inf) - lse)
+        ds = prob * (dp - delta)
+    return prob, *pull(ds)
+
+
+def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
+    r = dict(zip(names, refs, strict=True))
+    b, h = pl.program_id(0), pl.program_id(1)
+    sides, row = _row_sides(p, r, _column)
+    lse, delta = _column(r["sums"][0:1, :]), _column(r["sums"][1:2, :])
+    r["d_total"][...] = jnp.zeros_like(r["d_total"])
+    if p.row:
+        r["row_total"][...] = jnp.zeros_like(r["row_total"])
+
+    def body(entry, got):
+        key, key_int, valid = _fetched_keys(p, r, entry, got)
+        k = _merged(p, got["k"])
+        s, dp = _dot(r["q"][...], k, NT), _dot(r["do"][...], _merged(p, got["v"]), NT)
+        ok = _visible(opt, s.shape, valid, sides, key_int)
+        _, ds, d_row, _ = _pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
+        r["d_total"][...] += _dot(ds.astype(k.dtype), k, NN)
+        for i, x in enumerate(p.row):
+            r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
+
+    _over_units(p, r, keys, b, h, body)
+    r["dq"][...] = r["d_total"][...].astype(r["dq"].dtype)
+    for i in range(len(p.row)):
+        r["d_row"][i : i + 1, :] = r["row_total"][i].T[:1]
+
+
+def key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
+    r = dict(zip(names, refs, strict=True))
+    b, g, u, part = (pl.program_id(i) for i in range(4))
+    parts = p.blocks // p.g
+    h = g * parts + part
+    turn = lambda x: _column(x)[: p.unit_rows]  # noqa: E731
+    key_int = _facts(("+valid", *p.query_fields), r["key_int"], turn)
+    valid = key_int.pop("+valid")
+    key = _facts(p.key_floats, r["key"], turn) if p.key_floats else {}
+    first, last = r["offsets"][0, u], r["offsets"][0, u + 1]
+
+    @pl.when(part == 0)
+    def _():
+        r["dk_total"][...] = jnp.zeros_like(r["dk_total"])
+        r["dv_total"][...] = jnp.zeros_like(r["dv_total"])
+
+    if p.key_floats:
+        r["key_total"][...] = jnp.zeros_like(r["key_total"])
+
+    def chunk(e):
+        return lax.rem(lax.div(e, CHUNK), 2), lax.rem(e, CHUNK)
+
+    def copies(slot, tile):
+        for name in streamed:
+            source = r[name].at[*at(p, r[name], b, h), tile]
+            yield pltpu.make_async_copy(source, r["+" + name].at[slot], r["sem"].at[slot])
+
+    def start(e, slot):
+        side, place = chunk(e)
+        lists = r["chunks"]
+
+        @pl.when((e == first) | (place == 0))
+        def _():
+            source = lists.at[*at(p, lists, b, h), lax.div(e, CHUNK)]
+            copy = pltpu.make_async_copy(source, r["+chunks"].at[side], r["chunk_sem"])
+            copy.start()
+            copy.wait()
+
+        for copy in copies(slot, r["+chunks"][side, 0, place]):
+            copy.start()
+
+    @pl.when(last > first)
+    def _():
+        start(first, 0)
+
+    def step(e, _):
+        slot = lax.rem(e - first, 2)
+
+        @pl.when(e + 1 < last)
+        def _():
+            start(e + 1, 1 - slot)
+
+        for copy in copies(slot, 0):
+            copy.wait()
+        got = {name: r["+" + name].at[slot] for name in streamed}
+        row_int, row = _row_sides(p, got, lambda x: x)
+        lse, delta = got["sums"][0:1, :], got["sums"][1:2, :]
+        q, do = got["q"][...], got["do"][...]
+        s, dp = _dot(r["k"][...], q, NT), _dot(r["v"][...], do, NT)  # keys by queries
+        live = valid
+        if p.bounded:
+            side, place = chunk(e)
+            held = r["+chunks"]
+            live = live * _inside(held[side, 1, place], held[side, 2, place], (p.unit_rows, 1), 0)
+        ok = _visible(opt, s.shape, live, row_int, key_int)
+        prob, ds, _, d_key = _pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+        r["dv_total"][...] += _dot(prob.astype(do.dtype), do, NN)
+        r["dk_total"][...] += _dot(ds.astype(q.dtype), q, NN)
+        for i, x in enumerate(p.key_floats):
+            r["key_total"][i, : p.unit_rows] += jnp.broadcast_to(d_key[x], (p.unit_rows, LANES))
+        return 0
+
+    lax.fori_loop(first, last, step, 0)
+
+    @pl.when(part == parts - 1)
+    def _():
+        r["dk"][...] = r["dk_total"][...].astype(r["dk"].dtype)
+        r["dv"][...] = r["dv_total"][...].astype(r["dv"].dtype)
+
+    for i in range(len(p.key_floats)):
+        r["d_key"][i : i + 1, :] = r["key_total"][i].T[:1]
