@@ -20,7 +20,10 @@ from rich.console import Console
 from train.checkpoints import CheckpointError, Checkpoints, load_params
 from train.config import VLM
 
-METHODS = ("full", "random", "uniform", "fastervlm", "hiprune", "mmtok", "aim_merge", "aim")
+METHODS = (
+    "full", "random", "uniform", "fastervlm", "hiprune", "mmtok", "aim_merge", "aim_merge:positions=original",
+    "aim:positions=original",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +204,8 @@ def board_page(demo: Demo, results, readings, truths, clock: Clock) -> str:
     notes = [
         *table.LEGEND,
         "All questions of an image share one selection; mmtok covers the words of all of them.",
-        "aim_merge halves the tokens until the budget is met (the paper's default stops at a quarter). aim merges, then "
+        "aim_merge halves the tokens until the budget is met (the paper's default stops at a quarter) and numbers the merged "
+        "ones anew; positions=original leaves them where they stood, which this model was trained to read. aim merges, then "
         "prunes after every layer of the language model from the first on (the paper: from half of 28 layers), to the "
         "budget on average over the layers; its last layer sees no visual token.",
         "Reading a whole scene aloud ends with knowing when to stop, which is counting: unfair to pruning in the same way.",

@@ -76,7 +76,7 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-TERMINAL = ("tokens", "method", "mean", *RANKED, "yes", "digits kept", "time", "MFLOP")
+TERMINAL = ("tokens", "method", "mean", *RANKED, "digits kept", "time", "MFLOP")
 
 
 def rich_table(results: Sequence[Result], title: str) -> Table:
@@ -84,7 +84,9 @@ def rich_table(results: Sequence[Result], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     chosen = [COLUMNS.index(name) for name in TERMINAL]
     for name in TERMINAL:
-        table.add_column(name.removeprefix("digits "), justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name.removeprefix("digits "), justify="left" if name == "method" else "right",
+                         no_wrap=name != "method", overflow="fold",
+                         min_width=12 if name == "method" else None)  # fmt: skip
     before = None
     for row in rows(results):
         if before not in (None, row.budget):
@@ -115,7 +117,10 @@ def _why(r: Result, base: Result) -> str:
     worst = min(RANKED, key=lambda kind: r.scores["accuracy"][kind] - base.scores["accuracy"][kind])
     hit = f"it loses most on {worst} ({percent(r.scores['accuracy'][worst])} against {percent(base.scores['accuracy'][worst])})"
     if r.kept is None:
-        return f"an average of patches has the position of none of them; {hit}."
+        mixed = f"{percent(r.mixed)} % of the digits' patches are averaged with patches of something else"
+        if "positions=original" in r.entry.method:
+            return f"{mixed}; {hit}."
+        return f"merged tokens get new positions in the order of the matching, so patches move, and {mixed}; {hit}."
     if len(set(r.entry.layers)) > 1:
         return f"it drops tokens between the layers, before all of them have read the image; {hit}."
     if r.kept < base.kept:

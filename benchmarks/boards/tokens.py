@@ -63,9 +63,12 @@ class Entry:
 
 
 def plan(methods: Sequence[str], budgets: Sequence[int], model: vlm.VLMConfig) -> tuple[Entry, ...]:
-    """Entries of every method at every budget, the full model first. A method is ``full``, ``aim`` or ``aim_merge``
-    (whose arguments follow from the budget) or a token method of the registry with a ``keep``, such as
-    ``hiprune:alpha=0.2``. Raises ValueError for an unknown method or a budget that is none."""
+    """Entries of every method at every budget, the full model first.
+
+    A method is ``full``; ``aim_merge`` or ``aim``, whose ``parts`` follow from the budget (``aim`` hands its arguments to
+    the merging); or a token method of the registry with a ``keep``, such as ``hiprune:alpha=0.2``. Raises ValueError for
+    an unknown method or a budget that is none.
+    """
     n = model.visual
     for budget in budgets:
         expect("budgets", budget, f"a number of tokens from 1 to {n}", 1 <= budget <= n)
@@ -79,8 +82,7 @@ def entry(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
     n, depth = model.visual, model.llm.layers
     name = method.partition(":")[0].strip().replace("-", "_")
     if name == "aim_merge":
-        parts = merge_parts(n, budget)
-        return Entry(method, budget, (("project", registry.get("tokens", name)(parts)),), (budget,) * depth, True)
+        return Entry(method, budget, (("project", _merge(method, n, budget)),), (budget,) * depth, True)
     if name == "aim":
         return _aim(method, budget, model)
     factory = registry.get("tokens", name)
@@ -104,10 +106,15 @@ def merge_parts(n: int, left: int) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def _merge(method: str, n: int, left: int):
+    """The merging record of ``aim`` or ``aim_merge``, with the arguments that ``method`` gives to it."""
+    given = method.partition(":")[2]
+    return registry.parse("tokens", f"aim_merge:parts={merge_parts(n, left)}{',' if given else ''}{given}")
+
+
 def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
     """The whole of AIM: merge before the language model to as many tokens as pruning from its first layer on brings to
     ``budget`` on average."""
-    expect("method", repr(method), "'aim' without arguments: they follow from the budget", ":" not in method)
     n, depth = model.visual, model.llm.layers
     expect("aim", f"{depth} layers", "a language model of 2 layers or more, to prune between", depth >= 2)
     prune = registry.get("tokens", "aim")(start=0, end=depth - 2)
@@ -119,7 +126,7 @@ def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
         return tuple(left)
 
     enter = max((m for m in range(1, n + 1) if sum(layers(m)) <= budget * depth), default=1)
-    merge = (("project", registry.get("tokens", "aim_merge")(merge_parts(n, enter))),) if enter < n else ()
+    merge = (("project", _merge(method, n, enter)),) if enter < n else ()
     return Entry(method, budget, (*merge, ("llm", prune)), layers(enter), bool(merge))
 
 
@@ -128,14 +135,16 @@ def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
 class Result:
     """An entry's figures.
 
-    scores: of ``train.scenes.scores``; kept: share of the digits' patches that are left, None where tokens merge; seconds
-    of each batch of ``batch`` images; flops and cache (bytes) of one image; slot: int32 [batch, N], the row that carries
-    each patch of the first batch into the language model, -1 none.
+    scores: of ``train.scenes.scores``; kept: share of the digits' patches that are left, None where tokens merge; mixed:
+    share of them averaged with patches of another digit or of none, None where tokens do not merge; seconds of each batch
+    of ``batch`` images; flops and cache (bytes) of one image; slot: int32 [batch, N], the row that carries each patch of
+    the first batch into the language model, -1 none.
     """
 
     entry: Entry
     scores: Mapping[str, Any]
     kept: float | None
+    mixed: float | None
     seconds: np.ndarray
     flops: float
     cache: int
@@ -200,10 +209,11 @@ def measure(entries: Sequence[Entry], model: vlm.VLMConfig, params: dict, datase
             words, slot = jax.block_until_ready(programs[i](bounds[i].arrays, bounds[i].params, inputs, key))
             seconds[i].append(time.perf_counter() - start)
             predicted[i].append(np.asarray(words))
-            kept[i].append((np.asarray(slot) >= 0)[digit])
+            slot = np.asarray(slot)
+            kept[i].append((slot >= 0)[digit] if not entries[i].merges else averaged(slot, batch["patch_labels"])[digit])
             truth[i].append((batch["answers"], batch["kind"]))
             if number == 0:
-                slots[i] = np.asarray(slot)
+                slots[i] = slot
         done = number + 1
         if done == rounds or done % max(1, rounds // 10) == 0:
             spent = time.perf_counter() - began
@@ -212,10 +222,21 @@ def measure(entries: Sequence[Entry], model: vlm.VLMConfig, params: dict, datase
     for i, e in enumerate(entries):
         answers, kind = (np.concatenate(x) for x in zip(*truth[i], strict=True))
         found = scenes.scores(np.concatenate(predicted[i]), answers, kind)
-        share = None if e.merges else float(np.concatenate(kept[i]).mean())
+        share = float(np.concatenate(kept[i]).mean())
+        share = (None, share) if e.merges else (share, None)
         cache = cache_bytes(e, model, params)
-        results.append(Result(e, found, share, np.array(seconds[i]), flops[i], cache, size, compiled[i], slots[i]))
+        results.append(Result(e, found, *share, np.array(seconds[i]), flops[i], cache, size, compiled[i], slots[i]))
     return results
+
+
+def averaged(slot: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """bool [B, N]: patches that share a row with patches of another label (``slot``, ``labels`` int [B, N])."""
+    rows = slot + slot.shape[1] * np.arange(len(slot))[:, None]
+    least, most = np.full(slot.size, labels.max()), np.full(slot.size, labels.min())
+    live = slot >= 0
+    np.minimum.at(least, rows[live], labels[live])
+    np.maximum.at(most, rows[live], labels[live])
+    return live & (least[rows] != most[rows])
 
 
 def _inputs(batch: dict) -> dict:

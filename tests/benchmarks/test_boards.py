@@ -81,6 +81,11 @@ def test_measured_figures(results):
         tokens.measure((), MODEL, {}, dataset, scenes_count=12, size=5)
 
 
+def test_what_merging_mixes():
+    slot, labels = np.array([[0, 0, 1, -1], [2, 2, 2, 0]]), np.array([[3, 3, 10, 10], [3, 10, 10, 4]])
+    assert tokens.averaged(slot, labels).tolist() == [[False] * 4, [True, True, True, False]]
+
+
 def made(method, budget, right, kept, yes=0.9, no=0.9):
     accuracy = dict.fromkeys(KINDS, right)
     scores = {"accuracy": accuracy, "count": dict.fromkeys(KINDS, 4000), "yes_recall": yes, "no_recall": no}
@@ -88,7 +93,7 @@ def made(method, budget, right, kept, yes=0.9, no=0.9):
     entry = tokens.Entry(method, budget, (), (budget,) * 3, kept is None)
     slot = np.full((2, 16), -1, np.int32)
     slot[:, :4] = [0, 1, 1, 2]
-    return tokens.Result(entry, scores, kept, seconds, 1e6, 2048, 50, 1.0, slot)
+    return tokens.Result(entry, scores, kept, 0.3 if kept is None else None, seconds, 1e6, 2048, 50, 1.0, slot)
 
 
 BOARD = [
@@ -105,7 +110,7 @@ def test_tables_rank_within_a_budget_and_say_why():
     assert table.rich_table(BOARD, "board").row_count == len(BOARD)
     blind, eager, merging = table.below_random(BOARD)
     assert blind.startswith("blind 8 is below random (50.0 against 70.0)") and "20.0 % of their patches" in blind
-    assert "says yes too often" in eager and "position of none" in merging
+    assert "says yes too often" in eager and "patches move, and 30.0 % of the digits' patches" in merging
 
 
 def test_pictures(tmp_path, monkeypatch):
