@@ -153,7 +153,8 @@ def scheduled(reduce: dict, n_layers: int, site: str):
             pairs += list(record.schedule(n_layers))
         else:
             ok = where.isdecimal() and 0 < int(where) < n_layers
-            expect(f"reduce[{site}.{where}]", where or "no layer", f"a layer between 1 and {n_layers - 1}", ok)
+            at = f"{site}.{where}" if where else site
+            expect(f"reduce[{at}]", where or "none", f"a layer between 1 and {n_layers - 1}, or a method with a schedule", ok)
             pairs.append((int(where), record))
     return sorted(pairs, key=lambda p: p[0])
 

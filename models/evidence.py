@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxattn.core import statistics
 from jaxattn.core.types import Array, Call, Meta, Need, Part, is_contract
 
-PER_KEY = ("received", "value_received", "rows")  # evidence with a column per key
+PER_KEY = ("received", "value_received", "raw_value_received", "rows")  # evidence with a column per key
 
 
 def row_weights(rows, meta: Meta, groups: dict, evidence: dict, total: bool) -> tuple[Array | None, Array]:
@@ -78,9 +78,10 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
         given = need.rows.given
         found = answer(given, call, part, hidden=hidden, k_raw=k_raw, groups=groups, evidence=evidence, blocks=blocks)
         evidence = {**evidence, given.name: found}
-    if need.what == "value_received":
+    if need.what in ("value_received", "raw_value_received"):
         values = jnp.repeat(call.v, call.q.shape[2] // call.v.shape[2], axis=2)
-        call, part = call.replace(q=values, k=call.v, scale=call.v.shape[-1] ** -0.5), None
+        scale = 1.0 if need.what == "raw_value_received" else call.v.shape[-1] ** -0.5
+        call, part = call.replace(q=values, k=call.v, scale=scale), None
     if need.what == "between":
         return _between(need, call, None if part is None else part.lse, meta, groups)
     index, weights = row_weights(need.rows, meta, groups, evidence, need.total)
@@ -101,7 +102,7 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
         every = jnp.broadcast_to(jnp.arange(call.q.shape[1]), call.q.shape[:2])
         found = over_heads(statistics.rows(call, every, lse)[0], need.over_heads)
         return jnp.where((weights > 0)[..., None] if found.ndim == 3 else (weights > 0)[:, None, :, None], found, 0)
-    if need.what not in ("received", "value_received"):
+    if need.what not in ("received", "value_received", "raw_value_received"):
         raise ValueError(f"need {need.name!r}: unknown kind of evidence {need.what!r}")
     own, _ = statistics.received(call, lse, weights, temperature=need.temperature)
     return over_heads(own, need.over_heads)
@@ -112,7 +113,7 @@ def _between(need: Need, call: Call, lse, meta: Meta, groups: dict) -> Array:
     lse = statistics.log_mass(call) if lse is None else jax.lax.stop_gradient(lse)
     found = []
     for name in groups:
-        index, weights = row_weights(name, meta, groups, {})
+        index, weights = row_weights(name, meta, groups, {}, False)
         rows = statistics.rows_call(call, index)
         own, _ = statistics.received(rows, jnp.take_along_axis(lse, index[..., None], axis=1), weights)
         own = own.mean(1)

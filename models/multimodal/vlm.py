@@ -17,7 +17,7 @@ from jaxattn.core.types import Array, Ctx, Meta, contract, data, expect, split
 from jaxattn.nn import layers
 from models import evidence as ev
 from models import stack
-from models.bind import Bound, Program, absolute, as_record, bind_stack, needs_of, params_of, subset
+from models.bind import Bound, Program, absolute, as_record, bind_stack, left, needs_of, params_of, scheduled, subset
 from models.language import llm
 from models.vision import vit
 
@@ -85,7 +85,8 @@ class Visual:
 
 def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steering=None, vision_attention=None, remat=False,
          trained=None, key=None) -> Bound:  # fmt: skip
-    """Bind sockets. ``reduce`` maps sites to token methods: "vision.6" (inside the tower), "vision" (its output),
+    """Bind sockets. ``reduce`` maps sites to token methods: "vision.6" (inside the tower), "vision" (its output,
+    or a method with a schedule of its own inside it),
     "project" (after the projector), "llm.8" (before layer 8), "llm" (a method with a schedule of its own). attention, cache
     and steering act in the language model, ``vision_attention`` in the tower."""
     tower, between, language = {}, {}, {}
@@ -94,25 +95,32 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
         if family == "vision" and layer:
             tower[layer] = record
         elif site in ("vision", "project"):
-            between[site] = as_record("tokens", record, c.vision.layers)
+            record = as_record("tokens", record, c.vision.layers)
+            staged = site == "vision" and hasattr(record, "schedule")
+            (tower if staged else between)["" if staged else site] = record
+            if not staged and hasattr(record, "schedule"):
+                raise ValueError(f"reduce[{site!r}]: {record} cuts a stack at several layers; bind it to 'llm'")
         elif family == "llm":
             language[layer] = record
         else:
             raise ValueError(f"reduce: expected vision, vision.<layer>, project, llm or llm.<layer>, got {site!r}")
     trained = trained or {}
     v_program, v_operands, v_fresh = bind_stack(c.vision.block, c.vision.layers, "vision", attention=vision_attention,
-                                                reduce=tower, remat=remat, trained=trained.get("vision"), key=key)  # fmt: skip
+                                                reduce=tower, remat=remat, trained=trained.get("vision"), key=key,
+                                                rows=c.visual)  # fmt: skip
+    rows = c.visual  # what each transform leaves for the next one: a budget beyond it is an error here, with its name
+    for _, record in scheduled(tower, c.vision.layers, "vision"):
+        rows = left(record, rows)
+    for site in ("vision", "project"):
+        rows = left(between[site], rows) if site in between else rows
     l_program, l_operands, l_fresh = bind_stack(c.llm.block, c.llm.layers, "llm", attention=attention, reduce=language,
                                                 cache=cache, steering=steering, remat=remat, trained=trained.get("llm"),
-                                                key=key)  # fmt: skip
+                                                key=key, rows=rows)  # fmt: skip
     operands = {"vision": v_operands, "llm": l_operands, "sites": {}}
     fresh = {"vision": v_fresh, "llm": l_fresh, "sites": dict(trained.get("sites") or {})}
     sites, extra = [], []
     spec = c.vision.block.spec(c.vision.layers)
     for site, record in between.items():
-        if hasattr(record, "schedule"):
-            raise ValueError(f"reduce[{site!r}]: {record} cuts a stack at several layers; bind it to 'llm'")
-        record.rows(c.visual)  # a budget beyond the tokens is an error here, with its name
         program, operands["sites"][site] = split(record, spec)
         if hasattr(record, "init") and site not in fresh["sites"]:
             fresh["sites"][site] = record.init(jax.random.key(0) if key is None else key, spec)

@@ -89,7 +89,7 @@ def test_what_is_refused():
         vit.config(13, 3, 1, 8, 2)
     with pytest.raises(ValueError, match="stem: expected 0 or at least the patch, 3, of the same parity"):
         vit.config(12, 3, 1, 8, 2, stem=4)
-    with pytest.raises(ValueError, match="reduce: expected 'vision.<layer>'"):
+    with pytest.raises(ValueError, match=r"reduce\[vision\]: expected a layer between 1 and 2"):
         vit.bind(TOWER, params, reduce={"vision": token_methods.uniform(4)})
     with pytest.raises(ValueError, match="expected .*16.*got 17"):
         vit.bind(TOWER, params, reduce={"vision.1": token_methods.uniform(17)})

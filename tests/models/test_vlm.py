@@ -79,6 +79,6 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="missing argument 'keep'"):
         vlm.bind(VLM, params, reduce={"vision": "hiprune"})
     with pytest.raises(ValueError, match="cuts a stack at several layers; bind it to 'llm'"):
-        vlm.bind(VLM, params, reduce={"vision": token_methods.aim()})
+        vlm.bind(VLM, params, reduce={"project": token_methods.aim()})
     with pytest.raises(ValueError, match=r"tokens: expected \[batch, tokens\]"):
         vlm.forward(vlm.bind(VLM, params, cache=cache.full()), images(), prompts()[0])
