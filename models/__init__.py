@@ -3,6 +3,7 @@
     model = models.llm.bind(config, params, cache=cache.full())
     faster = models.bind(model, attention=sparse.flexprefill(), cache=cache.h2o(budget=256))    # same weights
     tokens = models.generate(faster, prompts, steps=64)
+    model, config = models.from_pretrained("/data/Qwen2-0.5B", cache="h2o:budget=512")                   # see models.hub
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from models import sampling
 from models.bind import Bound, Program, by_layer, dense
 from models.generate import generate, stream
+from models.hub import from_pretrained, save_pretrained
 from models.language import llm
 from models.multimodal import vlm
 from models.vision import vit
@@ -30,4 +32,5 @@ def build(config, seed: int = 0, **sockets) -> Bound:
     return family.bind(config, family.init(config, seed), **sockets)
 
 
-__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "generate", "llm", "sampling", "stream", "vit", "vlm"]
+__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "from_pretrained", "generate", "llm", "sampling",
+           "save_pretrained", "stream", "vit", "vlm"]  # fmt: skip
