@@ -74,16 +74,18 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
             seen = jax.tree.map(twice, rest).replace(valid=seen.valid)
             visual = vlm.Visual(twice(visual.x), seen, twice(visual.slot), {}, twice(visual.features), None)
         out, _ = vlm.forward(bound, image, twice(tokens), meta=jax.tree.map(twice, meta), phase="prefill", dtype=dtype,
-                             visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice))  # fmt: skip
+                             visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice), logits=False)  # fmt: skip
     else:
         first = 0
         expect("steering", "a paired method", "one that needs no image in a language model", not paired)
         meta = _prompt_meta(lengths, t)
-        out = llm.forward(bound, tokens, meta=meta, phase="prefill", dtype=dtype, key=key, new_rows=max_new)
-    last = jnp.take_along_axis(out.logits[:b], (lengths - 1)[:, None, None], axis=1)[:, 0]
+        out = llm.forward(bound, tokens, meta=meta, phase="prefill", dtype=dtype, key=key, new_rows=max_new, logits=False)
+    hidden = jnp.take_along_axis(out.hidden[:b], (lengths - 1)[:, None, None], axis=1)
+    c, weights = language(program)
+    last = llm.head(weights(params), c, hidden)[:, 0]  # of one row: a vocabulary wide for the whole prompt is much
     state = Decoding(jnp.zeros(b, jnp.int32), first + lengths, out.stack.caches, out.stack.states, sampling.fresh(sampler),
                      jnp.zeros(b, bool), jnp.int32(0), key)  # fmt: skip
-    return last, _sample(sampler, sampler_params or {}, state, last, None)
+    return last, _sample(sampler, sampler_params or {}, state, last, hidden[:, 0])
 
 
 def _for_all(image_at, b: int, twice):

@@ -227,7 +227,7 @@ def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
 
 
 def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = None, mask=None, phase: str = "train", dtype=None,
-            visual: Visual | None = None, key=None, new_rows: int = 0, image_at=None,
+            visual: Visual | None = None, key=None, new_rows: int = 0, image_at=None, logits: bool = True,
             **run) -> tuple[llm.LLMOut, Visual]:  # fmt: skip
     """Image [B, H, W, ch] and text tokens int32 [B, T] around it to the text rows' logits [B, T, V].
 
@@ -252,7 +252,7 @@ def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = No
     start, stop = out.streams.span("text")
     rows = stack.Streams(out.streams.x[:, start:stop], jax.tree.map(lambda a: a[:, start:stop], out.streams.meta),
                          {"text": out.streams.slots["text"]}, (("text", stop - start),))  # fmt: skip
-    finished = llm.finish(bound, out.replace(streams=rows), params=params["llm"], c=c.llm)
+    finished = llm.finish(bound, out.replace(streams=rows), logits=logits, params=params["llm"], c=c.llm)
     return finished.replace(stack=out), visual
 
 
