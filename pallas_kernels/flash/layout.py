@@ -68,8 +68,9 @@ class Plan:
         return (*self.key, "+bias") if self.biased else self.key
 
 
-def plan(o: dict, opt, *, sublanes: int, rows: int, keys: int) -> Plan:
-    """``rows`` and ``keys``: how many query rows and keys a kernel would like to hold at a time."""
+def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, pad_width) -> Plan:
+    """``rows`` and ``keys``: how many query rows and keys a kernel would like to hold at a time. Functions that pad: a
+    block of rows, a unit as rows of k and v, a unit as facts, a head size."""
     (b, n, h, d), (m, g), dv = o["q"].shape, o["k"].shape[1:3], o["v"].shape[3]
     key = tuple(sorted(o.get("key", {}))) if opt.score_mod is not None else ()
     row = tuple(sorted(o.get("row", {}))) if opt.score_mod is not None else ()
@@ -80,10 +81,10 @@ def plan(o: dict, opt, *, sublanes: int, rows: int, keys: int) -> Plan:
     pack = 1
     if not any(x == h and x != g for x in heads):  # one list and one set of key facts for the heads of a block
         pack = max(p for p in range(1, r + 1) if r % p == 0 and (p == 1 or p * opt.tile <= rows))
-    unit_rows = ceil_to(opt.unit, sublanes)
+    unit_rows = pad_unit(opt.unit)
     return Plan(
-        b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, ceil_to(pack * opt.tile, LANES), unit_rows,
-        ceil_to(opt.unit, LANES), max(1, min(o["index"].shape[3], keys // unit_rows)), ceil_to(d, LANES), ceil_to(dv, LANES),
+        b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, pad_rows(pack * opt.tile), unit_rows, pad_lanes(opt.unit),
+        max(1, min(o["index"].shape[3], keys // unit_rows)), pad_width(d), pad_width(dv),
         tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None,
     )  # fmt: skip
 

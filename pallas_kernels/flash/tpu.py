@@ -1,4 +1,4 @@
-"""Block-list attention on TPU: the calls of the Mosaic kernels, and their derivative."""
+"""Block-list attention on TPU: the calls of the Mosaic kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import layout, tpu_kernels
-from pallas_kernels.flash.layout import LANES, Plan
-from pallas_kernels.flash.xla import divide
+from pallas_kernels.flash.body import Body, run
+from pallas_kernels.flash.layout import LANES, Plan, ceil_to
+from pallas_kernels.flash.pairs import at
 
 ROWS, KEYS = 512, 512  # query rows and keys held at a time
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on the smallest of the chips compiled for
-FAR = 1e30  # stands for the lse of rows that see nothing: exp(s - FAR) is 0
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -24,7 +24,7 @@ def _block(p: Plan, x, place, memory=pltpu.VMEM):
 
     def index(*step):
         b, h, i = place(*step)
-        return (*tpu_kernels.at(p, x, b, h), i, 0, 0)
+        return (*at(p, x, b, h), i, 0, 0)
 
     return pl.BlockSpec((None, None, None, *x.shape[3:]), index, memory_space=memory)
 
@@ -53,23 +53,14 @@ def _by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: 
     return dict(zip(outs, found, strict=True))
 
 
-def _split(arranged: dict) -> tuple[dict, dict]:
-    """Arranged operands as (by row block, by key unit)."""
-    rows = {x: arranged[x] for x in ("lists", "q", "row_int", "row") if x in arranged}
-    return rows, {x: arranged[x] for x in ("k", "v", "key_int", "key") if x in arranged}
-
-
-def _forward(p: Plan, opt, arranged: dict, dtype, interpret):
-    rows, keys = _split(arranged)
+def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
     grid = (p.b, p.blocks, p.tiles)
     outs = {
-        "out": jax.ShapeDtypeStruct((*grid, p.rows, p.dv_pad), dtype),
+        "out": jax.ShapeDtypeStruct((*grid, p.rows, p.dv_pad), keys["v"].dtype),
         "lse": jax.ShapeDtypeStruct((*grid, 1, p.rows), jnp.float32),
     }
     scratch = {x: pltpu.VMEM((p.rows, w), jnp.float32) for x, w in (("top", LANES), ("mass", LANES), ("total", p.dv_pad))}
-    found = _by_tile(p, opt, tpu_kernels.forward_kernel, rows, keys, outs, scratch, "flash_forward", interpret)
-    out = layout.from_rows(p, found["out"])[..., : p.dv]
-    return out, layout.from_rows(p, jnp.swapaxes(found["lse"], 3, 4))[..., 0]
+    return _by_tile(p, opt, tpu_kernels.forward_kernel, rows, keys, outs, scratch, "flash_forward", interpret)
 
 
 def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
@@ -126,62 +117,17 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     return dict(zip(outs, found, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- differentiation
-
-
 def _plan(o: dict, opt) -> Plan:
     sublanes = 16 if jnp.bfloat16 in (o["k"].dtype, o["v"].dtype) else 8
-    return layout.plan(o, opt, sublanes=sublanes, rows=ROWS, keys=KEYS)
+    whole = lambda n: ceil_to(n, LANES)  # noqa: E731
+    return layout.plan(
+        o, opt, rows=ROWS, keys=KEYS, pad_rows=whole, pad_unit=lambda n: ceil_to(n, sublanes), pad_lanes=whole, pad_width=whole
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _flash(floats: dict, ints: dict, opt, interpret):
-    o = floats | ints
-    p = _plan(o, opt)
-    return _forward(p, opt, layout.arrange_floats(p, o) | layout.arrange_ints(p, o), o["v"].dtype, interpret)
-
-
-def _fwd(floats, ints, opt, interpret):
-    out, lse = _flash(floats, ints, opt, interpret)
-    return (out, lse), (floats, ints, out, lse)
-
-
-def _bwd(opt, interpret, saved, cotangents):
-    floats, ints, out, lse = saved
-    d_out, d_lse = cotangents
-    p = _plan(floats | ints, opt)
-    arranged, pull = jax.vjp(lambda f: layout.arrange_floats(p, f | ints), floats)
-    rows, keys = _split(arranged | layout.arrange_ints(p, floats | ints))
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
-    sums = jnp.stack([jnp.where(jnp.isfinite(lse), lse, FAR), delta], -1)
-    rows["do"] = layout.rows_of(p, d_out, p.dv_pad)
-    rows["sums"] = jnp.swapaxes(layout.rows_of(p, sums, value=FAR), 3, 4)
-    found = _query_gradient(p, opt, rows, keys, interpret)
-    found |= _key_gradient(p, opt, rows, keys, interpret)
-    grads = {"q": found["dq"]} | {x: _with_spare(found["d" + x]) for x in ("k", "v")}
-    if p.row:
-        grads["row"] = _summed(found["d_row"], arranged["row"].shape)
-    if p.key_floats:
-        grads["key"] = _with_spare(_summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
-    return pull(grads)[0], None
-
-
-def _with_spare(x):
-    """The unit past the end has no gradient."""
-    return jnp.pad(x, [(0, 0)] * 2 + [(0, 1)] + [(0, 0)] * (x.ndim - 3))
-
-
-def _summed(x, shape):
-    """Sum over the batch and heads that an array of ``shape`` shares."""
-    x = x.sum(0, keepdims=True) if shape[0] == 1 else x
-    return x.reshape(x.shape[0], shape[1], x.shape[1] // shape[1], *x.shape[2:]).sum(2)
-
-
-_flash.defvjp(_fwd, _bwd)
+BODY = Body("tpu", _plan, _forward, _query_gradient, _key_gradient)
 
 
 def flash(o: dict, opt, interpret=False):
     """``interpret``: a ``pltpu.InterpretParams`` to run the kernels on a CPU."""
-    if (why := layout.unsupported(o, opt)) is not None:
-        raise ValueError(f"implementation: 'tpu' does not support {why}")
-    return _flash(*divide(o), opt, interpret)
+    return run(BODY, o, opt, interpret)

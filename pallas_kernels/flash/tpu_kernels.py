@@ -8,7 +8,6 @@ then one the MXU takes without a transposition.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,13 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import layout
 from pallas_kernels.flash.layout import CHUNK, LANES, Plan
-
-NN, NT = ((1,), (0,)), ((1,), (1,))
-
-
-def _dot(a, b, dims):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32, precision=precision)
+from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, logits_of, pair_gradient, visible
 
 
 def _column(x):
@@ -35,46 +28,8 @@ def _row(x):
     return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
 
 
-def at(p: Plan, x, b, h):
-    """Where an array [1|B, 1|G|blocks, ...] holds what goes with batch row ``b`` and row block ``h``."""
-    heads = x.shape[1]
-    return b if x.shape[0] > 1 else 0, h if heads == p.blocks else 0 if heads == 1 else lax.div(h, p.blocks // heads)
-
-
-# ------------------------------------------------------------------------------------------------------ one tile pair
-
-
-def _visible(opt, shape, valid, row_int: dict, key_int: dict):
-    """bool of ``shape``; facts broadcast first, because booleans do not."""
-    ok = jnp.broadcast_to(valid, shape) != 0
-    if opt.mask is not None:
-        q, k = ({x: jnp.broadcast_to(a, shape) for x, a in side.items()} for side in (row_int, key_int))
-        ok = ok & opt.mask.test(q, k)
-    return ok
-
-
-def _logits(p: Plan, opt, row_int: dict, key_int: dict):
-    """f(products, row floats, key floats) -> logits, for ``jax.vjp``."""
-
-    def logits(s, row, key):
-        s = s * opt.scale
-        spread = lambda side: {x: jnp.broadcast_to(a, s.shape) for x, a in side.items()}  # noqa: E731
-        if opt.score_mod is not None:
-            sides = {x: a for x, a in key.items() if x != "+bias"}
-            s = opt.score_mod(s, spread(row_int), spread(key_int), spread(row), spread(sides)).astype(jnp.float32)
-        return s + key["+bias"] if p.biased else s
-
-    return logits
-
-
 def _facts(names, ref, turn):
     return {name: turn(ref[i : i + 1, :]) for i, name in enumerate(names)}
-
-
-def _inside(lo, hi, shape, axis: int):
-    """int32, 1 in the live range of a unit whose keys run along ``axis``."""
-    i = lax.broadcasted_iota(jnp.int32, shape, axis)
-    return jnp.where((i >= lo) & (i < hi), 1, 0)
 
 
 # --------------------------------------------------------------------------------------- loops over a list of units
@@ -135,7 +90,7 @@ def _fetched_keys(p: Plan, r: dict, entry, got: dict):
     if p.bounded:
         low, high = (1 + i * layout.list_length(p, r["lists"]) + entry for i in (1, 2))
         lists, shape = r["lists"], (1, p.unit_rows)
-        live = [_inside(lists[0, low + c], lists[0, high + c], shape, 1) for c in range(p.step)]
+        live = [inside(lists[0, low + c], lists[0, high + c], shape, 1) for c in range(p.step)]
         valid = valid * jnp.concatenate(live, -1)
     return key, key_int, valid
 
@@ -164,12 +119,12 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
 
     def body(entry, got):
         key, key_int, valid = _fetched_keys(p, r, entry, got)
-        s = _dot(r["q"][...], _merged(p, got["k"]), NT)
-        ok = _visible(opt, s.shape, valid, row_int, key_int)
-        s = _logits(p, opt, row_int, key_int)(s, row, key)
+        s = dot(r["q"][...], _merged(p, got["k"]), NT)
+        ok = visible(opt, s.shape, valid, row_int, key_int)
+        s = logits_of(p, opt, row_int, key_int)(s, row, key)
         v = _merged(p, got["v"])
         if opt.normalizer == "none":
-            r["total"][...] += _dot(jnp.where(ok, s, 0.0).astype(v.dtype), v, NN)
+            r["total"][...] += dot(jnp.where(ok, s, 0.0).astype(v.dtype), v, NN)
             return
         s = jnp.where(ok, s, -jnp.inf)
         top = r["top"][:, :1]
@@ -180,7 +135,7 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
         wide = r["top"].shape
         r["mass"][...] = r["mass"][...] * shrink + jnp.broadcast_to(e.sum(-1, keepdims=True), wide)
         r["top"][...] = jnp.broadcast_to(new, wide)
-        r["total"][...] = r["total"][...] * shrink + _dot(e.astype(v.dtype), v, NN)
+        r["total"][...] = r["total"][...] * shrink + dot(e.astype(v.dtype), v, NN)
 
     _over_units(p, r, keys, b, h, body)
     if opt.normalizer == "none":
@@ -192,17 +147,6 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
     safe = jnp.where(seen, mass, 1.0)
     r["out"][...] = (r["total"][...] / safe).astype(r["out"].dtype)
     r["lse"][...] = _row(jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf))
-
-
-def _pair_gradient(p: Plan, opt, s, dp, ok, lse, delta, sides, row, key):
-    """(probabilities, gradient of the products, gradients of row and key floats) of one tile pair."""
-    s, pull = jax.vjp(_logits(p, opt, *sides), s, row, key)
-    if opt.normalizer == "none":
-        prob, ds = jnp.where(ok, s, 0.0), jnp.where(ok, dp, 0.0)
-    else:
-        prob = jnp.exp(jnp.where(ok, s, -jnp.inf) - lse)
-        ds = prob * (dp - delta)
-    return prob, *pull(ds)
 
 
 def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
@@ -217,10 +161,10 @@ def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
     def body(entry, got):
         key, key_int, valid = _fetched_keys(p, r, entry, got)
         k = _merged(p, got["k"])
-        s, dp = _dot(r["q"][...], k, NT), _dot(r["do"][...], _merged(p, got["v"]), NT)
-        ok = _visible(opt, s.shape, valid, sides, key_int)
-        _, ds, d_row, _ = _pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
-        r["d_total"][...] += _dot(ds.astype(k.dtype), k, NN)
+        s, dp = dot(r["q"][...], k, NT), dot(r["do"][...], _merged(p, got["v"]), NT)
+        ok = visible(opt, s.shape, valid, sides, key_int)
+        _, ds, d_row, _ = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
+        r["d_total"][...] += dot(ds.astype(k.dtype), k, NN)
         for i, x in enumerate(p.row):
             r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
 
@@ -288,16 +232,16 @@ def key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
         row_int, row = _row_sides(p, got, lambda x: x)
         lse, delta = got["sums"][0:1, :], got["sums"][1:2, :]
         q, do = got["q"][...], got["do"][...]
-        s, dp = _dot(r["k"][...], q, NT), _dot(r["v"][...], do, NT)  # keys by queries
+        s, dp = dot(r["k"][...], q, NT), dot(r["v"][...], do, NT)  # keys by queries
         live = valid
         if p.bounded:
             side, place = chunk(e)
             held = r["+chunks"]
-            live = live * _inside(held[side, 1, place], held[side, 2, place], (p.unit_rows, 1), 0)
-        ok = _visible(opt, s.shape, live, row_int, key_int)
-        prob, ds, _, d_key = _pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
-        r["dv_total"][...] += _dot(prob.astype(do.dtype), do, NN)
-        r["dk_total"][...] += _dot(ds.astype(q.dtype), q, NN)
+            live = live * inside(held[side, 1, place], held[side, 2, place], (p.unit_rows, 1), 0)
+        ok = visible(opt, s.shape, live, row_int, key_int)
+        prob, ds, _, d_key = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+        r["dv_total"][...] += dot(prob.astype(do.dtype), do, NN)
+        r["dk_total"][...] += dot(ds.astype(q.dtype), q, NN)
         for i, x in enumerate(p.key_floats):
             r["key_total"][i, : p.unit_rows] += jnp.broadcast_to(d_key[x], (p.unit_rows, LANES))
         return 0

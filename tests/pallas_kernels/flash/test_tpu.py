@@ -54,7 +54,7 @@ def test_scores_without_a_softmax(rng):
 
 def test_transposed_lists_hold_every_entry_once(rng):
     o, opt = call(rng, n=50, m=64, h=2, tile=4, unit=8, hs=2, k=5)
-    p = layout.plan(o, opt, sublanes=8, rows=512, keys=512)
+    p = tpu._plan(o, opt)
     chunks, offsets = layout.transpose_lists(p, layout.arrange_ints(p, o)["lists"])
     for head in range(2):
         flat = chunks[0, head, :, 0].reshape(-1)
