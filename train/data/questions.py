@@ -250,7 +250,8 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """One sequence per scene in the layout record (all [S, L]): tokens int32, targets int32, loss_mask
     float32, segment int32 (question number from 1; 0 = padding, to be seen by nothing), position int32
-    (from 0 in each segment, padding counted).
+    (from 0 in each segment; padding counts in `questions`, so that every "?" stands alike, and not in `more`,
+    whose answers are generated behind a prompt that has none).
 
     questions [S, Q, T] with answers [S, Q] take T tokens each; every (questions [S, T], answers [S, A]) of
     `more` takes T + A - 1, its answer fed back in. The answer is the target at "?"; nothing else is
@@ -267,7 +268,10 @@ def pack(
         columns["targets"].append(targets)
         columns["loss_mask"].append((targets != 0).astype(np.float32))
         columns["segment"].append(np.where(tokens != 0, number, 0).astype(np.int32))
-        columns["position"].append(np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape))
+        position = np.arange(tokens.shape[1], dtype=np.int32)
+        if number > len(blocks):
+            position = np.maximum(position - (question == 0).sum(1, keepdims=True), 0)
+        columns["position"].append(np.broadcast_to(position, tokens.shape).astype(np.int32))
     return {name: np.concatenate(parts, 1) for name, parts in columns.items()}
 
 

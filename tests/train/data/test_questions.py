@@ -175,6 +175,9 @@ def test_pack_trains_the_answers_and_nothing_else(scenes, asked):
         # Fed back: what follows "?" in the input is the answer without its last word.
         fed = record["tokens"][s][np.flatnonzero(last & asks[s])[0] + 1 :]
         np.testing.assert_array_equal(fed, answer[s][:-1])
+        # Positions of a transcript are those of a prompt without padding.
+        words = np.flatnonzero(last)
+        np.testing.assert_array_equal(record["position"][s][words], np.arange(len(words)))
     np.testing.assert_array_equal(record["segment"] == 0, record["tokens"] == 0)
     np.testing.assert_array_equal(record["position"][0, :12], np.tile(np.arange(6), 2))
     assert record["loss_mask"].sum() == 9000 + (answer != 0).sum()
