@@ -14,6 +14,7 @@ property of the whole sequence: see :func:`fresh`.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -112,6 +113,25 @@ def dispose(tokens: Tokens, keep: Array, rows: int, mode: str = "keep", position
     return reduce_keep(tokens, index, valid, positions=positions)
 
 
+def follow_rows(values: Array, keep: Array, rows: int, mode: str = "keep") -> Array:
+    """Values [B, N, ...] of the rows, as values of the rows that ``dispose`` leaves with the same arguments."""
+    return values if mode == "mask" else gather_tokens(values, compact(keep, rows)[0])
+
+
+def original_rows(tokens: Tokens) -> Array:
+    """int32 [B, N]: the first original row that each row carries (its own number where nothing was reduced before); the
+    number of original rows for rows that carry none."""
+    b, n = tokens.x.shape[:2]
+    if tokens.slot is None:
+        return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+    n0 = tokens.slot.shape[1]
+
+    def one(slot):
+        return jnp.full(n + 1, n0, jnp.int32).at[jnp.where(slot < 0, n, slot)].min(jnp.arange(n0, dtype=jnp.int32))[:n]
+
+    return jax.vmap(one)(tokens.slot)
+
+
 def reduce_keep(tokens: Tokens, index: Array, valid: Array | None = None, *, positions: str = "original") -> Tokens:
     """Rows ``index`` int32 [B, K] (ascending where ``valid`` bool [B, K]) of x, meta and slot map."""
     b, n = tokens.x.shape[:2]
@@ -197,6 +217,6 @@ def _compose(slot: Array | None, went: Array) -> Array:
 
 
 __all__ = [
-    "check_budget", "choose", "count_of", "dispose", "evidence_rows", "fresh", "label",
-    "newline_rows", "reduce_keep", "reduce_mask", "reduce_merge", "rows_left", "valid_rows",
+    "check_budget", "choose", "count_of", "dispose", "evidence_rows", "follow_rows", "fresh",
+    "label", "newline_rows", "original_rows", "reduce_keep", "reduce_mask", "reduce_merge", "rows_left", "valid_rows",
 ]  # fmt: skip

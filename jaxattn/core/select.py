@@ -103,6 +103,37 @@ def greedy(gain, update, state, n: int, k: int, *, forbidden: Array | None = Non
     return jax.lax.scan(step, (state, taken), None, length=k)[1]
 
 
+def diverse(x: Array, k: int, *, first, weight: Array | None = None, combine: str = "max",
+            forbidden: Array | None = None) -> Array:
+    """int32 [k]: greedy picks that are unlike those picked before, in their order.
+
+    Args:
+      x: [N, D], compared by cosine; only a row of similarities per pick is built.  first: int32 scalar, the first pick.
+      weight: [N] or None; each step takes argmax weight * (1 - b).
+      combine: "max", b the largest cosine to any pick (k-center); "sum", b the sum of cosines (max-sum; no weight).
+      forbidden: bool [N], never picked while others are left.
+    """  # fmt: skip
+    expect("combine", repr(combine), "'max' or 'sum'", combine in ("max", "sum"))
+    expect("weight", "an array", "None with combine 'sum'", weight is None or combine == "max")
+    n = x.shape[0]
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    blank = jnp.full(n, -1.0 if combine == "max" else 0.0, x.dtype)
+
+    def gain(state):
+        b, started = state
+        later = -b if weight is None else weight * (1 - b)
+        return jnp.where(started, later, jnp.where(jnp.arange(n) == first, jnp.inf, 0.0))
+
+    def update(state, j):
+        near = jnp.matmul(x, x[j], precision="highest")
+        b = state[0]
+        return (jnp.maximum(b, near) if combine == "max" else b + near), jnp.asarray(True)
+
+    return greedy(gain, update, (blank, jnp.asarray(False)), n, k, forbidden=forbidden)
+
+
 def gather_tokens(x: Array, index: Array) -> Array:
     """x [B, N, ...], index int32 [B, K] -> [B, K, ...]. A batched gather, so a sharded batch stays sharded."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)

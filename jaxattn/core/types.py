@@ -235,7 +235,8 @@ class Need:
 
     what: "received" (rows' weighted sum of probabilities, per key), "hidden" (residual stream), "keys" (k before the
       rotary embedding), "rotated_keys", "values" ([B, N, G, D]), "rows" (probabilities of a few rows), "entropy",
-      "value_received" ("received" with the values in place of queries and keys), "transition" ([B, N], how far both
+      "value_received" ("received" with the values in place of queries and keys; "raw_value_received": not scaled by
+      D ** -0.5), "transition" ([B, N], how far both
       sub-blocks of the layer move a row: ``statistics.transition``), "between" ([B, groups, groups], where the
       attention of each group of rows goes, in the stack's order), "head_out", "text" (prompt embeddings), "features"
       (the vision tower's output).

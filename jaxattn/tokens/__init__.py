@@ -4,13 +4,41 @@ Factories return records for a model's ``reduce`` socket; the functions beside t
 """
 
 from jaxattn.tokens.aim import aim, aim_merge, aim_merge_tokens, pagerank_importance
+from jaxattn.tokens.attention_debiasing import attention_debiasing, debias, fit_trend, real_patches, trend_weights
 from jaxattn.tokens.baselines import mean_pool, random, uniform
 from jaxattn.tokens.fastervlm import fastervlm, fastervlm_scores
+from jaxattn.tokens.flowcut import flow_score, flowcut, flowcut_left, flowcut_scores, flowcut_text
 from jaxattn.tokens.hiprune import hiprune, hiprune_scores, hiprune_select
+from jaxattn.tokens.holov import holov, holov_crops, holov_quotas, holov_select, holov_tokens
 from jaxattn.tokens.mmtok import content_mask, content_words, mmtok, mmtok_coverage, mmtok_picks, mmtok_select
+from jaxattn.tokens.mustdrop import (
+    mustdrop,
+    mustdrop_keep,
+    mustdrop_key_set,
+    mustdrop_keys,
+    mustdrop_merge,
+    mustdrop_merge_plan,
+    mustdrop_trim,
+    window_similarity,
+)
+from jaxattn.tokens.staged import average_rows, fastv, pyramiddrop
+from jaxattn.tokens.todre import group_ratios, todre, todre_exit, todre_picks, todre_select
+from jaxattn.tokens.transprune import token_transition, transprune, transprune_scores
+from jaxattn.tokens.vflowopt import last_ratio, patch_entropy, recycle, vflowopt, vflowopt_importance, vflowopt_stages
+from jaxattn.tokens.visiondrop import dominant_contextual, visiondrop, visiondrop_encode, visiondrop_stages
+from jaxattn.tokens.vtc_cls import vtc_cls, vtc_cls_scores
+from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zoo_prune_picks, zoo_prune_select
 
 __all__ = [
-    "aim", "aim_merge", "aim_merge_tokens", "content_mask", "content_words", "fastervlm", "fastervlm_scores", "hiprune",
-    "hiprune_scores", "hiprune_select", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
-    "pagerank_importance", "random", "uniform",
+    "aim", "aim_merge", "aim_merge_tokens", "attention_debiasing", "average_rows", "content_mask", "content_words",
+    "debias", "dominant_contextual", "fastervlm", "fastervlm_scores", "fastv", "fit_trend", "flow_score", "flowcut",
+    "flowcut_left", "flowcut_scores", "flowcut_text", "group_ratios", "hiprune", "hiprune_scores", "hiprune_select",
+    "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "last_ratio", "mean_pool", "mmtok",
+    "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep", "mustdrop_key_set",
+    "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim", "pagerank_importance",
+    "patch_entropy", "pyramiddrop", "random", "real_patches", "recycle", "sensitivity", "todre", "todre_exit",
+    "todre_picks", "todre_select", "token_transition", "transprune", "transprune_scores", "trend_weights",
+    "uniform", "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_stages", "visiondrop",
+    "visiondrop_encode", "visiondrop_stages", "vtc_cls", "vtc_cls_scores", "window_similarity", "zoo_prune",
+    "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip
