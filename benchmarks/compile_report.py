@@ -264,9 +264,8 @@ class Train8B:
     """Print one JSON object instead of a table."""
 
 
-def train_8b_program(options: Train8B, mesh) -> Program:
+def train_8b_program(options: Train8B, c: llm.LLMConfig, mesh) -> Program:
     """The step of `python -m train lm`, on shapes laid out by the trainer's own rules."""
-    c = llm.config(128256, options.layers, 4096, 32, kv_heads=8, hidden=14336, base=500000.0, tie=False, length=8192)
     bound = llm.bind(c, None, remat=True)
     optimizer = make_optimizer("adamw", 3e-4, weight_decay=0.1)
 
@@ -292,25 +291,31 @@ def train_8b_program(options: Train8B, mesh) -> Program:
 
 def train_8b(options: Train8B) -> None:
     mesh = make_mesh(data=options.data, fsdp=options.fsdp, tensor=options.tensor, devices=topology(options.topology).devices)
-    program = train_8b_program(options, mesh)
+    c = llm.config(128256, options.layers, 4096, 32, kv_heads=8, hidden=14336, base=500000.0, tie=False, length=8192)
+    program = train_8b_program(options, c, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = program.trace().lower()
     middle = time.perf_counter()
     compiled = lowered.compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(program.args[0]["params"]))
+    tokens_of_step = options.rows * options.length
     found = {
         "topology": options.topology, "mesh": {k: v for k, v in mesh.shape.items() if v > 1},
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(program.args[0]["params"])),
-        "tokens of a step": options.rows * options.length, "trace and lower, s": round(middle - start, 1),
+        "parameters": count, "tokens of a step": tokens_of_step, "trace and lower, s": round(middle - start, 1),
         "compile, s": round(time.perf_counter() - middle, 1),
         **{f"{name} bytes per device": getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "temp", "output")},
-        "peak bytes per device": memory.peak_memory_in_bytes, "flops per device": cost["flops"],
+        "peak bytes per device": memory.peak_memory_in_bytes,
+        "flops per device, the compiler's, loops counted once": cost["flops"],
+        "flops per device, 6 P + 6 L C N per token": tokens_of_step * (6 * count + 6 * c.layers * c.block.dim * options.length)
+        / mesh.size,
     }  # fmt: skip
     if options.json:
         print(json.dumps(found))
     else:
-        show(("of the step", "value"), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k, v in found.items()])
+        text = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v)  # noqa: E731
+        show(("of the step", "value"), [(name, text(value)) for name, value in found.items()])
 
 
 def topology(name: str):

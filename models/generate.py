@@ -74,7 +74,8 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
             seen = jax.tree.map(twice, rest).replace(valid=seen.valid)
             visual = vlm.Visual(twice(visual.x), seen, twice(visual.slot), {}, twice(visual.features), None)
         out, _ = vlm.forward(bound, image, twice(tokens), meta=jax.tree.map(twice, meta), phase="prefill", dtype=dtype,
-                             visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice), logits=False)  # fmt: skip
+                             visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice),
+                             logits=False)  # fmt: skip
     else:
         first = 0
         expect("steering", "a paired method", "one that needs no image in a language model", not paired)
