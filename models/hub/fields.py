@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from jaxattn.core.rope import Rope, RopeScaling
 
 # Bookkeeping, training noise and generation defaults: what a forward pass computes does not depend on them.
@@ -85,8 +87,10 @@ def _brief(fields: dict) -> str:
     return ", ".join(f"{k} = {str(v)[:60]}" for k, v in sorted(fields.items()))
 
 
-def read_rope(f: Fields, head_dim: int, length: int) -> Rope:
-    """The rotary embedding of ``rope_parameters``, or of ``rope_theta`` and ``rope_scaling`` (transformers before 5)."""
+def read_rope(f: Fields, head_dim: int, length: int, partial_rotary: bool = False) -> Rope:
+    """The rotary embedding of ``rope_parameters``, or of ``rope_theta`` and ``rope_scaling`` (transformers before 5).
+
+    ``partial_rotary``: the family may leave a part of each head unrotated."""
     theta, partial = f("rope_theta", 10000.0), f("partial_rotary_factor", 1.0)
     old, new = f("rope_scaling", None), f("rope_parameters", None)
     raw = dict(new or old or {})
@@ -99,6 +103,8 @@ def read_rope(f: Fields, head_dim: int, length: int) -> Rope:
     unknown = {k: v for k, v in raw.items() if k not in ROPE_FIELDS[kind] and v is not None}
     if kind == "default":  # leftovers of another kind, which transformers does not read either
         unknown = {k: v for k, v in unknown.items() if k not in sum(ROPE_FIELDS.values(), ())}
+    if partial != 1 and not partial_rotary:
+        unknown["partial_rotary_factor"] = partial
     if unknown:
         raise ValueError(f"{where}: fields that are not supported with {kind!r}: {_brief(unknown)}")
     if kind == "dynamic":  # the length that transformers compares with, whatever the dict says
@@ -107,14 +113,20 @@ def read_rope(f: Fields, head_dim: int, length: int) -> Rope:
     return Rope(int(head_dim * partial), theta, scaling=scaling)
 
 
+def short(x: float) -> float:
+    """The shortest decimal number that is the same in float32: 1e-05 for what records keep of it."""
+    return float(str(np.float32(x)))
+
+
 def write_rope(rope: Rope, head_dim: int) -> dict:
     """``rope_theta`` and ``rope_scaling``, which every version of transformers reads."""
-    fields: dict = {"rope_theta": rope.base}
+    fields: dict = {"rope_theta": short(rope.base)}
     if rope.dim != head_dim:
         fields["partial_rotary_factor"] = rope.dim / head_dim
     if rope.scaling is not None:
         ours = {"original_max_position_embeddings": "original_length"}
         names = ROPE_FIELDS[rope.scaling.kind]
         values = {n: getattr(rope.scaling, ours.get(n, n)) for n in names}
-        fields["rope_scaling"] = {"rope_type": rope.scaling.kind, **{k: v for k, v in values.items() if v is not None}}
+        said = {k: short(v) if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        fields["rope_scaling"] = {"rope_type": rope.scaling.kind, **said}
     return fields

@@ -162,19 +162,20 @@ def _update(buffer, value, layer):
     return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
 
 
-def save_pretrained(bound: Bound, path: str | Path, config: dict | None = None, *, shard_bytes: int = 5 * 10**9) -> None:
+def save_pretrained(bound: Bound, path: str | Path, config: dict | None = None, *, family: str | None = None,
+                    shard_bytes: int = 5 * 10**9) -> None:  # fmt: skip
     """Write a model as config.json and safetensors, which ``from_pretrained`` and transformers load.
 
     Args:
       config: the dict of ``from_pretrained``; its fields that are not the model's (token ids, names) are kept. None: the
-        family is found from the model's features.
+        family is found from the model's features, or ``family`` (a model_type) names it.
       shard_bytes: a checkpoint larger than this becomes several files and an index.
     Parameters are written in the dtype they have, one tensor in memory at a time. Raises ValueError for a model that no
     family describes.
     """
     ours = bound.program.config
     expect("bound", type(ours).__name__, f"a model among {[c.__name__ for c in OWNERS]}", type(ours) in OWNERS)
-    family, text = _description(ours, config)
+    family, text = _description(ours, config, family)
     params = {k: v for k, v in bound.params.items() if k != "extra"}
     flat = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     pieces = expand(family.table(ours), {p: x.shape for p, x in flat.items()})
@@ -192,29 +193,29 @@ def save_pretrained(bound: Bound, path: str | Path, config: dict | None = None, 
     (folder / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
 
 
-def _description(ours, config: dict | None) -> tuple[Family, dict]:
+def _description(ours, config: dict | None, name: str | None) -> tuple[Family, dict]:
     """(family, config.json) of a model; ``config`` as it was read where it still says the same."""
-    owner = OWNERS[type(ours)]
     raw = dict(config or {})
-    if raw.get("model_type") in FAMILIES and FAMILIES[raw["model_type"]].model is _module(ours):
-        family = FAMILIES[raw["model_type"]]
-        if _says(family, raw, ours):
-            return family, raw
-    family = FAMILIES[owner.family_of(ours)]
+    family = FAMILIES.get(name or raw.get("model_type"))
+    expect("family", name, f"one of {sorted(FAMILIES)}", family is not None or name is None)
+    if family is not None and raw.get("model_type") == family.name and _says(family, raw, ours):
+        return family, raw
+    if family is None or not _says(family, None, ours):
+        expect("family", name, f"one with the features of {ours}", name is None)
+        family = FAMILIES[OWNERS[type(ours)].family_of(ours)]
     stale = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types", "architectures",
              "text_config", "vision_config", "max_window_layers", "id2label", "label2id")  # fmt: skip
     kept = {k: v for k, v in raw.items() if k not in stale} if raw.get("model_type") == family.name else {}
     return family, {**kept, **family.write(ours, family.name)}
 
 
-def _module(ours):
-    return next(f.model for f in FAMILIES.values() if type(ours).__module__ == f.model.__name__)
-
-
-def _says(family: Family, raw: dict, ours) -> bool:
-    """Whether a config.json describes this very model (names of stored heads are the table's own)."""
-    names = {rule.name for rule in family.table(ours)}
+def _says(family: Family, raw: dict | None, ours) -> bool:
+    """Whether a config.json (None: the one the family writes) describes this very model."""
+    if type(ours).__module__ != family.model.__name__:
+        return False
+    names = {rule.name for rule in family.table(ours)}  # which heads are stored
     try:
+        raw = family.write(ours, family.name) if raw is None else raw
         return family.read(Fields(raw, defaults=family.defaults), names) == ours
     except ValueError:
         return False

@@ -14,7 +14,7 @@ from models.hub.rules import Rule, dense, under
 from models.multimodal import vlm
 
 LLAVA = dict(image_token_index=32000)
-TEXT = {f.name: f for f in language.FAMILIES}
+TEXT = {f.name: f for f in language.FAMILIES if f.table is language.table}
 VISION = {f.name: f for f in vision.FAMILIES if f.name in ("clip_vision_model", "siglip_vision_model")}
 # What LLaVA assumes of a tower whose fields are silent (CLIP ViT-L/14 at 336).
 TOWER = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from models.hub.families import Family
-from models.hub.fields import ACTIVATIONS, Fields
+from models.hub.fields import ACTIVATIONS, Fields, short
 from models.hub.rules import Rule, dense, norm
 from models.vision import vit
 
@@ -85,7 +85,7 @@ def write(c: vit.ViTConfig, family: str) -> dict:
     kind = "Model" if not c.classes else "ForImageClassificationWithTeacher" if c.distilled else "ForImageClassification"
     image = c.image[0] if c.image[0] == c.image[1] else list(c.image)
     found = dict(architectures=[architecture + kind], model_type=family, hidden_size=b.dim, num_hidden_layers=c.layers,
-                 num_attention_heads=b.heads, hidden_act=names[b.activation], layer_norm_eps=b.eps, image_size=image,
+                 num_attention_heads=b.heads, hidden_act=names[b.activation], layer_norm_eps=short(b.eps), image_size=image,
                  patch_size=c.patch, num_channels=c.channels)  # fmt: skip
     if family.startswith("dinov2"):
         found |= dict(mlp_ratio=b.hidden // b.dim, use_swiglu_ffn=False)

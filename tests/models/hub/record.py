@@ -17,8 +17,9 @@ import transformers as hf
 OUT = Path(__file__).parents[2] / "golden" / "hf"
 STEPS = 64
 
-TEXT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
-            max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=None)  # fmt: skip
+TEXT = dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=40, max_position_embeddings=256, bos_token_id=1, eos_token_id=None,
+            pad_token_id=None)  # fmt: skip
 TOWER = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, image_size=12, patch_size=4)
 DINO = {k: v for k, v in TOWER.items() if k != "intermediate_size"} | dict(mlp_ratio=2)
 
@@ -40,6 +41,8 @@ TEXT_CASES = {
     "qwen2": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen2_window": (hf.Qwen2Config, dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)),
     "qwen3": (hf.Qwen3Config, dict(head_dim=16, tie_word_embeddings=True)),
+    "phi3": (hf.Phi3Config, dict(sliding_window=9, rope_parameters=rope("default", partial_rotary_factor=0.5),
+                                 num_attention_heads=3, num_key_value_heads=1)),
     "qwen3_bias": (hf.Qwen3Config, dict(head_dim=8, attention_bias=True, rope_parameters=YARN)),
 }  # fmt: skip
 TOWER_CASES = {
@@ -121,7 +124,8 @@ def tower_case(name):
     size = fields["image_size"] if isinstance(fields["image_size"], list) else [fields["image_size"]] * 2
     image = np.random.default_rng(0).normal(size=(2, config.num_channels, *size)).astype(np.float32)
     out = model(pixel_values=torch.tensor(image), output_hidden_states=True)
-    found = dict(image=image.transpose(0, 2, 3, 1), penultimate=out.hidden_states[-2].numpy(), last=out.hidden_states[-1].numpy())
+    rows = [x.numpy() for x in out.hidden_states]
+    found = dict(image=image.transpose(0, 2, 3, 1), penultimate=rows[-2], last=rows[-1])
     for key in ("logits", "pooler_output", "last_hidden_state"):
         if getattr(out, key, None) is not None:
             found[key] = getattr(out, key).numpy()
@@ -159,7 +163,11 @@ def llava_case(name):
                 gap=np.stack([g for _, g in runs]))  # fmt: skip
 
 
-CASES = {**dict.fromkeys(TEXT_CASES, text_case), **dict.fromkeys(TOWER_CASES, tower_case), **dict.fromkeys(LLAVA_CASES, llava_case)}
+CASES = {
+    **dict.fromkeys(TEXT_CASES, text_case),
+    **dict.fromkeys(TOWER_CASES, tower_case),
+    **dict.fromkeys(LLAVA_CASES, llava_case),
+}
 
 
 def main(names):
@@ -167,7 +175,8 @@ def main(names):
         found = CASES[name](name)
         (OUT / name / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(OUT / name / "io.npz", **found)
-        print(name, f"{sum(p.stat().st_size for p in (OUT / name).iterdir()) / 1e3:.0f} kB", found.get("gap", np.ones(1)).min(), [len(set(t)) for t in found.get("greedy", np.ones((1, 1))).tolist()])
+        size = sum(p.stat().st_size for p in (OUT / name).iterdir())
+        print(f"{name}: {size / 1e3:.0f} kB", f"smallest gap {found['gap'].min():.4f}" if "gap" in found else "")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from models.vision import vit
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "hf"
 LIMIT = 2e-4  # largest difference of logits and rows
-TEXT = ("llama", "llama_bias", "llama_linear", "llama_dynamic", "llama_llama3", "llama_yarn", "mistral", "qwen2", "qwen2_window",
-        "qwen3", "qwen3_bias")  # fmt: skip
+TEXT = ("llama", "llama_bias", "llama_linear", "llama_dynamic", "llama_llama3", "llama_yarn", "mistral", "qwen2",
+        "qwen2_window", "qwen3", "qwen3_bias", "phi3")  # fmt: skip
 TOWERS = ("vit", "vit_wide", "deit", "deit_student", "clip", "siglip", "dinov2", "dinov2_registers")
 LLAVA = ("llava", "llava_siglip")
 
@@ -92,5 +92,6 @@ def test_llava(case):
     for row, n, ours, theirs in zip(found["tokens"], found["lengths"], out.logits, found["logits"], strict=True):
         text = np.flatnonzero(row[:n] != token)
         check_logits(ours[: len(text)], theirs[text])
-    new = models.generate(bound, tokens, steps=found["greedy"].shape[1], lengths=lengths, image=found["image"], image_at=image_at)
+    steps = found["greedy"].shape[1]
+    new = models.generate(bound, tokens, steps=steps, lengths=lengths, image=found["image"], image_at=image_at)
     check_greedy(new, found)

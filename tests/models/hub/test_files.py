@@ -20,8 +20,8 @@ from models.language import llm
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "hf"
-CASES = ("llama_bias", "llama_yarn", "llama_dynamic", "mistral", "qwen2_window", "qwen3_bias", "vit_wide", "deit", "clip",
-         "siglip", "dinov2", "dinov2_registers", "llava")  # fmt: skip
+CASES = ("llama_bias", "llama_yarn", "llama_dynamic", "mistral", "qwen2_window", "qwen3_bias", "phi3", "vit_wide", "deit",
+         "clip", "siglip", "dinov2", "dinov2_registers", "llava")  # fmt: skip
 
 
 def equal(a, b):
@@ -55,7 +55,7 @@ def test_round_trip(case, tmp_path):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == config
-    hub.save_pretrained(bound, tmp_path / "b", shard_bytes=20_000)
+    hub.save_pretrained(bound, tmp_path / "b", family=config["model_type"], shard_bytes=20_000)
     index = json.loads((tmp_path / "b" / files.INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 1 and index["weight_map"].keys() == before.keys()
     again, _ = hub.from_pretrained(tmp_path / "b")
@@ -77,6 +77,12 @@ def test_changed_models_keep_what_is_not_theirs(tmp_path):
 def test_models_without_a_family_are_refused(tmp_path):
     with pytest.raises(ValueError, match="config: expected the features of one of llama"):
         hub.save_pretrained(models.build(llm.tiny(qk_norm=True, mlp_bias=True)), tmp_path)
+    plain = models.build(llm.tiny())
+    hub.save_pretrained(plain, tmp_path)
+    assert hub.from_pretrained(tmp_path)[1]["model_type"] == "llama"
+    for name in ("qwen3", "vit", "mamba"):
+        with pytest.raises(ValueError, match=f"family: .*{name}"):
+            hub.save_pretrained(plain, tmp_path, family=name)
 
 
 def test_dtype_and_mesh():
@@ -105,8 +111,8 @@ def test_names_of_other_versions(copy):
     folder = copy("llava")
     stored = load_file(folder / "model.safetensors")
     old = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in stored.items()}
-    new = {f"model.{k}".replace("language_model.model.", "language_model.").replace("model.language_model.lm_head", "lm_head"): v
-           for k, v in stored.items()}  # fmt: skip
+    body = {k.replace("language_model.model.", "language_model."): v for k, v in stored.items() if "lm_head" not in k}
+    new = {f"model.{k}": v for k, v in body.items()} | {"lm_head.weight": stored["language_model.lm_head.weight"]}
     for renamed in (old, new):
         assert renamed.keys() != stored.keys()
         save_file(renamed, folder / "model.safetensors")
@@ -133,9 +139,9 @@ FIELDS = [
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=4), r"layer_types"),
     ("dinov2", dict(use_swiglu_ffn=True), r"use_swiglu_ffn = True is not supported"),
     ("vit", dict(patch_size=[4, 2]), r"patch_size"),
-    ("llava", dict(vision_feature_select_strategy="full"), r"vision_feature_select_strategy = 'full' is not supported with clip"),
+    ("llava", dict(vision_feature_select_strategy="full"), r"strategy = 'full' is not supported with clip"),
     ("llava", dict(text_config=dict(model_type="gpt2")), r"text_config: model_type = 'gpt2' is not supported"),
-    ("llama", dict(intermediate_size=41, vocab_size=62), r"8 of another shape.*embed_tokens.weight \[61, 24\], expected \[62, 24\]"),
+    ("llama", dict(intermediate_size=41, vocab_size=62), r"8 of another shape.*tokens.weight \[61, 24\], expected \[62, 24\]"),
     ("llama", dict(num_hidden_layers=3), r"9 missing: model\.layers\.2\.input_layernorm\.weight, "),
     ("llama", dict(num_hidden_layers=1), r"9 unexpected: model\.layers\.1\.input_layernorm\.weight, "),
 ]
