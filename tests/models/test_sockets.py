@@ -49,7 +49,6 @@ def generate(bound, **more):
     "where",
     [
         {"vision_1": 8},
-        {"vision": 8},
         {"project": 8},
         {"llm_3": 8},
         # six segments with caches of their own: more than a model keeps apart
@@ -87,7 +86,7 @@ def test_caches_are_as_short_as_their_rows():
 
 def test_a_budget_of_everything_changes_nothing():
     whole = look(*vlm.bind(VLM, vlm_params()), images(), prompts())
-    for site in ("vision_1", "vision", "project", "llm_3"):
+    for site in ("project", "llm_3"):
         close(look(*vlm.bind(VLM, vlm_params(), reduce=drops("keep", **{site: 16})), images(), prompts()), whole, atol=2e-3)
 
 
