@@ -9,6 +9,7 @@ import pytest
 
 import models
 from jaxattn import cache
+from jaxattn import tokens as tokens_methods
 from models import hub
 from models.language import llm
 from models.multimodal import vlm
@@ -95,3 +96,24 @@ def test_llava(case):
     steps = found["greedy"].shape[1]
     new = models.generate(bound, tokens, steps=steps, lengths=lengths, image=found["image"], image_at=image_at)
     check_greedy(new, found)
+
+
+def test_sockets_of_a_loaded_llava():
+    """Methods by name on loaded weights: at full budget the recorded text, at less another model that still runs."""
+    found = recorded("llava")
+    bound, config = hub.from_pretrained(GOLDEN / "llava", cache=cache.full())
+    tokens, lengths, image_at = hub.place_image(found["tokens"], config["image_token_index"], found["lengths"])
+    steps = 8
+
+    def generate(**sockets):
+        model = models.bind(bound, **{"cache": cache.full(), **sockets})
+        return np.asarray(models.generate(model, tokens, steps=steps, lengths=lengths, image=found["image"], image_at=image_at))
+
+    patches = bound.program.config.visual
+    whole = generate(reduce={"vision": f"hiprune:keep={patches}"}, cache="streamingllm:start=4,recent=64",
+                     steering="zerotuning:gamma=1.0")  # fmt: skip
+    np.testing.assert_array_equal(whole, found["greedy"][:, :steps])
+    less = generate(reduce={"vision": "hiprune:keep=3"}, cache="streamingllm:start=2,recent=6", steering="zerotuning:gamma=3.0")
+    assert less.shape == whole.shape and (less != whole).any()
+    dropped = generate(reduce={"llm": tokens_methods.visiondrop_stages(((4, 1),), (1,))})
+    assert dropped.shape == whole.shape
