@@ -24,7 +24,17 @@ from jaxattn.tokens.mustdrop import (
 from jaxattn.tokens.staged import average_rows, fastv, pyramiddrop
 from jaxattn.tokens.todre import group_ratios, todre, todre_exit, todre_picks, todre_select
 from jaxattn.tokens.transprune import token_transition, transprune, transprune_scores
-from jaxattn.tokens.vflowopt import last_ratio, patch_entropy, recycle, vflowopt, vflowopt_importance, vflowopt_stages
+from jaxattn.tokens.vflowopt import (
+    last_ratio,
+    last_token_agreement,
+    patch_entropy,
+    recycle,
+    vflowopt,
+    vflowopt_importance,
+    vflowopt_reduce,
+    vflowopt_search,
+    vflowopt_stages,
+)
 from jaxattn.tokens.visiondrop import dominant_contextual, visiondrop, visiondrop_encode, visiondrop_stages
 from jaxattn.tokens.vtc_cls import vtc_cls, vtc_cls_scores
 from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zoo_prune_picks, zoo_prune_select
@@ -33,12 +43,12 @@ __all__ = [
     "aim", "aim_merge", "aim_merge_tokens", "attention_debiasing", "average_rows", "content_mask", "content_words",
     "debias", "dominant_contextual", "fastervlm", "fastervlm_scores", "fastv", "fit_trend", "flow_score", "flowcut",
     "flowcut_left", "flowcut_scores", "flowcut_text", "group_ratios", "hiprune", "hiprune_scores", "hiprune_select",
-    "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "last_ratio", "mean_pool", "mmtok",
-    "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep", "mustdrop_key_set",
-    "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim", "pagerank_importance",
-    "patch_entropy", "pyramiddrop", "random", "real_patches", "recycle", "sensitivity", "todre", "todre_exit",
-    "todre_picks", "todre_select", "token_transition", "transprune", "transprune_scores", "trend_weights",
-    "uniform", "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_stages", "visiondrop",
-    "visiondrop_encode", "visiondrop_stages", "vtc_cls", "vtc_cls_scores", "window_similarity", "zoo_prune",
-    "zoo_prune_picks", "zoo_prune_select",
+    "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "last_ratio", "last_token_agreement",
+    "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep",
+    "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim",
+    "pagerank_importance", "patch_entropy", "pyramiddrop", "random", "real_patches", "recycle", "sensitivity",
+    "todre", "todre_exit", "todre_picks", "todre_select", "token_transition", "transprune", "transprune_scores",
+    "trend_weights", "uniform", "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_reduce",
+    "vflowopt_search", "vflowopt_stages", "visiondrop", "visiondrop_encode", "visiondrop_stages", "vtc_cls",
+    "vtc_cls_scores", "window_similarity", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, reduce_merge, valid_rows
+from jaxattn.core.search import Search, maximise
 from jaxattn.core.select import forbid, rank_of
 from jaxattn.core.slots import compact, merge_tokens
 from jaxattn.core.types import Array, Need, contract, expect
@@ -243,3 +244,47 @@ def vflowopt_stages(ratios: tuple[float, ...] = (0.983, 0.877), layers: tuple[in
       layer, threshold: as given to ``vflowopt``.  mode: "keep" (gather) or "mask"; rotary positions stay.
     """
     return _VFlowOptStages(ratios, layers, layer, threshold, mode)
+
+
+# ------------------------------------------------------------------------------------------------------------- search
+def last_token_agreement(pruned: Array, full: Array) -> Array:
+    """Sum over samples of the cosine of the prompt's last hidden row with and without pruning, [B, C] each; a row that is
+    not finite counts 0."""
+    expect("pruned", f"shape {pruned.shape}", f"the shape of full, {full.shape}", pruned.shape == full.shape)
+    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (pruned, full))
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.nan_to_num((a * b).sum(-1) / norms, nan=0.0, posinf=0.0, neginf=0.0).sum()
+
+
+def search_bounds(average: float) -> dict[str, tuple[float, float]]:
+    """Ranges of the five settings for a mean share ``average`` of tokens; the last ratio follows from them."""
+    expect("average", average, "a share in (0, 1)", 0 < average < 1)
+    return {"ratio": (average, min(1.0, 1.5 * average)), "second": (0.8 / 1.5, 1.0), "threshold": (0.0, 50.0),
+            "cell": (3.0, 24.0), "alpha": (-1.0, 1.0)}  # fmt: skip
+
+
+def vflowopt_reduce(settings: dict[str, float], average: float, *, layer: int = -2, maps: tuple | None = None,
+                    layers: tuple[int, ...] | None = None, depth: int = 28) -> dict:
+    """{site: record} for a model's ``bind``, of settings as ``vflowopt_search`` finds them.
+
+    depth: layers of the language model, which the last ratio's budget is counted over; the rest as in the factories."""
+    ends = (*stage_sites(layers, (9, 18), 28, depth), depth)
+    spans = tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
+    third = last_ratio(average, settings["ratio"], settings["second"], layers=spans)
+    expect("settings", settings, f"ratios that leave something for the last layers within {average}", third > 0)
+    first = vflowopt(settings["ratio"], settings["cell"], settings["threshold"], layer, maps, True, settings["alpha"])
+    stages = vflowopt_stages((settings["second"], third), layers, layer, settings["threshold"])
+    return {"vision": first, "llm": stages}
+
+
+def vflowopt_search(agreement, average: float, *, calls: int = 300, initial: int = 27, seed: int = 42,
+                    bounds: dict[str, tuple[float, float]] | None = None) -> Search:
+    """Settings for a mean share ``average`` of image tokens, by Bayesian optimisation.
+
+    Args:
+      agreement: settings -> the sum of ``last_token_agreement`` over the calibration samples, of a model bound with
+        ``vflowopt_reduce(settings, average, ...)``.  bounds: {name: (low, high)} in place of ``search_bounds``.
+      calls: evaluations, the first ``initial`` of them at random.
+    Returns a Search; ``.best`` is (settings, value), plain numbers to be stored as they are.
+    """
+    return maximise(agreement, search_bounds(average) if bounds is None else bounds, calls=calls, initial=initial, seed=seed)

@@ -5,7 +5,7 @@ import pytest
 
 from jaxattn import tokens
 from jaxattn.core.types import Ctx, Meta, State, Tokens, split
-from jaxattn.tokens.vflowopt import cells_of, global_rows
+from jaxattn.tokens.vflowopt import cells_of, global_rows, search_bounds
 
 RNG = np.random.default_rng(0)
 B, C = 2, 5
@@ -91,3 +91,31 @@ def test_records_and_the_last_ratio():
     tok = Tokens(X, Meta.of(N, valid=jnp.arange(N)[None] < jnp.array([[N], [20]])))
     left = cuts[0][1].apply({}, State(), tok, {"importance": S}, Ctx())[0]
     assert np.asarray(left.meta.valid).sum(-1).tolist() == [N // 2, 10]
+
+
+def test_search_finds_a_peak_and_makes_records():
+    """A stand-in for the calibration run whose best settings are known."""
+    peak = {"ratio": 0.3, "second": 0.8, "threshold": 20.0, "cell": 10.0, "alpha": 0.0}
+    bounds = search_bounds(0.25)
+
+    def agreement(settings):
+        gap = sum(((settings[k] - peak[k]) / (hi - lo)) ** 2 for k, (lo, hi) in bounds.items())
+        return float("nan") if settings["threshold"] > 45 else 10 - gap  # some settings break the model
+
+    found = tokens.vflowopt_search(agreement, 0.25, calls=40, initial=15)
+    settings, value = found.best
+    at_random = max(v for v in found.values[:15] if v == v)
+    assert value > 10 - 0.06 and value > at_random and len(found.values) == 40
+    assert tokens.vflowopt_search(agreement, 0.25, calls=16, initial=15).tried == found.tried[:16]
+    reduce = tokens.vflowopt_reduce(settings, 0.25)
+    assert set(reduce) == {"vision", "llm"}
+    r0, (r1, r2) = settings["ratio"], reduce["llm"].ratios
+    np.testing.assert_allclose((9 * r0 + 9 * r0 * r1 + 10 * r0 * r1 * r2) / 28, 0.25, rtol=1e-5)
+
+
+def test_agreement():
+    h = RNG.normal(size=(3, 8)).astype(np.float32)
+    np.testing.assert_allclose(tokens.last_token_agreement(2 * h, h), 3, rtol=1e-6)
+    broken = h.copy()
+    broken[1] = np.nan
+    np.testing.assert_allclose(tokens.last_token_agreement(broken, h), 2, rtol=1e-6)
