@@ -1,19 +1,25 @@
-"""What the TPU compiler says about the kernels at full size: memory by kind, per kernel and chip.
+"""What the compilers of TPU and GPU say about the kernels at full size: memory by kind, registers, spills.
 
     python -m benchmarks.kernel_report tpu                          # 128K tokens, every chip generation
     python -m benchmarks.kernel_report tpu --chips v6e --tokens 32768 --lists shared
+    python -m benchmarks.kernel_report gpu --head-dim 64            # an H200
 
-Nothing runs: programs are compiled ahead of time from shapes (extra ``tpu-aot``). A kernel that does not fit its chip
-fails here as it would there.
+Nothing runs: programs are compiled ahead of time from shapes (extras ``tpu-aot`` and ``gpu-aot``). A kernel that does not
+fit its chip fails here as it would there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Literal
 
 from benchmarks.compile_report import show, topology  # first: it prepares the environment for compilers without chips
@@ -21,21 +27,19 @@ from benchmarks.compile_report import show, topology  # first: it prepares the e
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 import tyro  # isort: skip
+from jax.experimental import topologies  # isort: skip
 from jax.extend import core  # isort: skip
 from jax.sharding import SingleDeviceSharding  # isort: skip
 
+import pallas_kernels  # isort: skip
 from jaxattn.core import mask as masks  # isort: skip
 from pallas_kernels import flash as op  # isort: skip
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-COLUMNS = ("chip", "program", "kernel", "VMEM", "SMEM", "HBM in", "HBM out", "program temp", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpu:
-    """Compile the block-list attention, forward and backward, for one device of each chip."""
-
-    chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
+class Sizes:
     tokens: int = 131072
     heads: int = 32
     kv_heads: int = 8
@@ -49,7 +53,19 @@ class Tpu:
     """Print one JSON array (bytes) instead of a table."""
 
 
-def flash_shapes(options: Tpu, sharding) -> tuple[dict, dict, op.Options]:
+@dataclasses.dataclass(frozen=True)
+class Tpu(Sizes):
+    """Compile the block-list attention, forward and backward, for one device of each chip."""
+
+    chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Sizes):
+    """Compile the block-list attention, forward and backward, for an H200."""
+
+
+def flash_shapes(options: Sizes, sharding) -> tuple[dict, dict, op.Options]:
     """(differentiable operands, integer operands, static options) of a causal call, as shapes in bfloat16."""
     n, g = options.tokens, options.kv_heads
     lists = {"shared": 1, "kv heads": g, "query heads": options.heads}[options.lists]
@@ -74,11 +90,11 @@ def flash_shapes(options: Tpu, sharding) -> tuple[dict, dict, op.Options]:
     return floats, ints, static
 
 
-def programs(static: op.Options) -> dict:
+def programs(static: op.Options, implementation: str) -> dict:
     """{name: f(floats, ints)}: the attention, and the gradient of its operands from both outputs."""
 
     def forward(floats, ints):
-        return op.flash(floats | ints, static, "tpu")
+        return op.flash(floats | ints, static, implementation)
 
     def backward(floats, ints, cotangents):
         return jax.vjp(lambda f: forward(f, ints), floats)[1](cotangents)[0]
@@ -131,7 +147,7 @@ def vector_bytes(eqn, sharding) -> int:
 def report(chip: str, options: Tpu) -> list[dict]:
     sharding = SingleDeviceSharding(topology(CHIPS[chip]).devices[0])
     floats, ints, static = flash_shapes(options, sharding)
-    named = programs(static)
+    named = programs(static, "tpu")
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     outputs = jax.tree.map(place, jax.eval_shape(named["forward"], floats, ints))
     rows = []
@@ -153,16 +169,60 @@ def report(chip: str, options: Tpu) -> list[dict]:
     return rows
 
 
+def gpu_report(options: Gpu) -> list[dict]:
+    nvcc = importlib.util.find_spec("nvidia.cuda_nvcc") if importlib.util.find_spec("jax_cuda12_plugin") else None
+    if nvcc is None:
+        raise SystemExit("gpu: expected the CUDA compiler (pip install 'jaxattn[gpu-aot]'), got an environment without it")
+    root = Path(next(iter(nvcc.submodule_search_locations)))
+    with tempfile.TemporaryDirectory() as dump:
+        # Read when the first program is compiled.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={root} --xla_dump_to={dump}"
+        target = (Path(pallas_kernels.__file__).parent / "targets" / "h200.txtpb").read_text()
+        chip = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
+        floats, ints, static = flash_shapes(options, SingleDeviceSharding(chip))
+        forward = programs(static, "gpu")["forward"]
+
+        def both(floats, ints):
+            return jax.value_and_grad(lambda f: sum(x.astype(jnp.float32).sum() for x in forward(f, ints)))(floats)
+
+        start = time.perf_counter()
+        compiled = jax.jit(both).lower(floats, ints).compile()
+        seconds, temp = round(time.perf_counter() - start, 1), compiled.memory_analysis().temp_size_in_bytes
+        shared = {}
+        for plan in Path(dump).glob("*thunk_sequence.txt"):
+            for name, size in re.findall(r"(flash_\w+) grid: .*shared_memory: (\d+) bytes", plan.read_text()):
+                shared[name] = int(size)
+        rows = []
+        for path in sorted(Path(dump).glob("*.ptx")):
+            name = re.search(r"\.entry (flash_\w+)", text := path.read_text())
+            if name is None:
+                continue
+            command = [root / "bin" / "ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+            rows.append({
+                "kernel": name[1], "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+                "spills": int(spills[1]) + int(spills[2]), "shared memory": shared[name[1]],
+                "wgmma": text.count("wgmma.mma_async"), "mma": text.count("mma.sync"), "program temp": temp,
+                "seconds": seconds,
+            })  # fmt: skip
+    return rows
+
+
 def main() -> None:
-    choice = Annotated[Tpu, tyro.conf.subcommand("tpu")] | Annotated[None, tyro.conf.Suppress]
+    choice = Annotated[Tpu, tyro.conf.subcommand("tpu")] | Annotated[Gpu, tyro.conf.subcommand("gpu")]
     options = tyro.cli(choice, description=__doc__.split("\n\n")[0])
-    rows = [row for chip in options.chips for row in report(chip, options)]
+    if isinstance(options, Gpu):
+        rows = gpu_report(options)
+    else:
+        rows = [row for chip in options.chips for row in report(chip, options)]
     if options.json:
         print(json.dumps(rows))
         return
     kib, mib = (lambda x: f"{x / 2**10:,.0f} KiB"), (lambda x: f"{x / 2**20:,.0f} MiB")
-    unit = {"VMEM": kib, "SMEM": kib, "HBM in": mib, "HBM out": mib, "program temp": mib}
-    show(COLUMNS, [tuple(unit.get(x, str)(row[x]) for x in COLUMNS) for row in rows])
+    unit = {"VMEM": kib, "SMEM": kib, "shared memory": kib, "HBM in": mib, "HBM out": mib, "program temp": mib}
+    columns = tuple(rows[0])
+    show(columns, [tuple(unit.get(x, str)(row[x]) for x in columns) for row in rows])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def attend(q, k, v, *, where=None, mask=None, q_meta=None, k_meta=None, bias=Non
         (the last query sits at the last key) when N <= M, else at the start.
       bias: [B|1, H|1, N|1, M] added to the logits.  scale: multiplies q.k, default D ** -0.5.
       score_mod, normalizer, sink_logit, out_gate, row, key: see ``Call``.
-      implementation: None (best that works) | "reference" | "xla" | "tpu".
+      implementation: None (best that works) | "reference" | "xla" | "tpu" | "gpu".
     Returns: Part(out [B, N, H, Dv], lse [B, N, H]).
     """  # fmt: skip
     call = make_call(q, k, v, where=where, mask=mask, q_meta=q_meta, k_meta=k_meta, bias=bias, scale=scale,

@@ -30,7 +30,13 @@ def _tpu(operands: dict, options: Options):
     return tpu.flash(operands, options)
 
 
-IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash, "tpu": _tpu}
+def _gpu(operands: dict, options: Options):
+    from pallas_kernels.flash import gpu
+
+    return gpu.flash(operands, options)
+
+
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash, "tpu": _tpu, "gpu": _gpu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +58,21 @@ def flash(operands: dict, options: Options, implementation: str | None = None):
     """See the module's docstring. ``implementation=None`` picks the fast path that works here; a named one raises a
     ValueError that says what it does not support."""
     if implementation is None:
-        implementation = "tpu" if _suits_tpu(operands, options) else "xla"
+        implementation = _kernel_for(operands, options) or "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
     return IMPLEMENTATIONS[implementation](operands, options)
 
 
-def _suits_tpu(operands: dict, options: Options) -> bool:
-    if jax.default_backend() != "tpu":
-        return False
+def _kernel_for(operands: dict, options: Options) -> str | None:
+    """The accelerator body of this backend, where it supports the call."""
+    body = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend())
+    if body is None:
+        return None
     mesh = jax.sharding.get_abstract_mesh()
     alone = jax.device_count() == 1 or (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
     if not alone:  # a kernel does not partition by itself: many devices need a shard_map around it
-        return False
+        return None
     from pallas_kernels.flash import layout
 
-    return layout.unsupported(operands, options) is None
+    return body if layout.unsupported(operands, options) is None else None

@@ -48,6 +48,7 @@ class Plan:
     key: tuple[str, ...]
     biased: bool
     bounded: bool
+    float32: bool
 
     @property
     def tiles(self) -> int:
@@ -85,7 +86,7 @@ def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, p
     return Plan(
         b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, pad_rows(pack * opt.tile), unit_rows, pad_lanes(opt.unit),
         max(1, min(o["index"].shape[3], keys // unit_rows)), pad_width(d), pad_width(dv),
-        tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None,
+        tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None, o["q"].dtype == jnp.float32,
     )  # fmt: skip
 
 
