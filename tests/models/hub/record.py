@@ -3,10 +3,12 @@
     python -m venv hf && hf/bin/pip install torch transformers
     hf/bin/python tests/models/hub/record.py [case ...]
 
-A case is a checkpoint (config.json, model.safetensors) and io.npz. Language models: padded prompts, the logits at their
+A case is a checkpoint (config.json, model.safetensors) and io.npz; "words" and "images" are
+a tokenizer and image processors. Language models: padded prompts, the logits at their
 tokens, 64 greedy tokens of every prompt alone and the distance of the best two logits at each. Towers: images and rows.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -163,7 +165,77 @@ def llava_case(name):
                 gap=np.stack([g for _, g in runs]))  # fmt: skip
 
 
+TEMPLATE = """{%- if tools %}
+Tools: {{ tools | tojson }}
+{% endif %}
+{%- for message in messages %}
+    {%- if message.role == "system" and not loop.first %}
+        {{- raise_exception("the system speaks first") }}
+    {%- endif %}
+    {%- if message.role == "skip" %}{% continue %}{% endif %}
+{{ "<|start|>" + message["role"] }}
+{% if message.role == "assistant" %}{% generation %}{{ message["content"] | trim }}{% endgeneration %}{% else %}
+{{ message["content"] | trim }}{% endif %}{{ eos_token }}
+{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+CHATS = [
+    dict(messages=[dict(role="user", content=" Was ist das? <b> 'é' ")], add_generation_prompt=True),
+    dict(messages=[dict(role="system", content="Be brief."), dict(role="user", content="Hi"), dict(role="skip", content="x"),
+                   dict(role="assistant", content="Hello!\n")], add_generation_prompt=False),
+    dict(messages=[dict(role="user", content="Use it")], tools=[dict(name="größe", arguments=dict(x=1))],
+         add_generation_prompt=True),
+]  # fmt: skip
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "  two  spaces\nand a line ", "naïve façade – 你好 🙂"]
+
+
+def words_case(name):
+    """A tokenizer trained here, with a chat template."""
+    import tokenizers as tk
+
+    tokenizer = tk.Tokenizer(tk.models.BPE())
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<|start|>"], show_progress=False,
+                                     initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.post_processor = tk.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+    fast.save_pretrained(OUT / name)
+    ids = [fast(text).input_ids for text in TEXTS]
+    found = dict(
+        texts=TEXTS, ids=ids,
+        decoded=[fast.decode(i, skip_special_tokens=True, clean_up_tokenization_spaces=False) for i in ids],
+        chats=CHATS, rendered=[fast.apply_chat_template(c["messages"], tools=c.get("tools"), tokenize=False,
+                                                        add_generation_prompt=c["add_generation_prompt"]) for c in CHATS],
+    )  # fmt: skip
+    (OUT / name / "expected.json").write_text(json.dumps(found, indent=1))
+    return {}
+
+
+PROCESSORS = {
+    "clip": (hf.CLIPImageProcessorPil, dict(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})),
+    "siglip": (hf.SiglipImageProcessorPil, dict(size={"height": 14, "width": 18})),
+    "vit": (hf.ViTImageProcessorPil, dict(size={"height": 16, "width": 16}, do_rescale=True)),
+}
+
+
+def images_case(name):
+    """What image processors make of a wide and a tall picture."""
+    rng = np.random.default_rng(0)
+    found = {f"image.{i}": rng.integers(0, 256, (*shape, 3)).astype(np.uint8) for i, shape in enumerate(((33, 41), (47, 29)))}
+    for kind, (processor, fields) in PROCESSORS.items():
+        processor = processor(**fields)
+        processor.save_pretrained(OUT / name / kind)
+        for i in range(2):
+            x = processor(images=found[f"image.{i}"], return_tensors="np", input_data_format="channels_last").pixel_values[0]
+            found[f"{kind}.{i}"] = np.asarray(x).transpose(1, 2, 0)
+    return found
+
+
 CASES = {
+    "words": words_case,
+    "images": images_case,
     **dict.fromkeys(TEXT_CASES, text_case),
     **dict.fromkeys(TOWER_CASES, tower_case),
     **dict.fromkeys(LLAVA_CASES, llava_case),
@@ -174,8 +246,9 @@ def main(names):
     for name in names or CASES:
         found = CASES[name](name)
         (OUT / name / "generation_config.json").unlink(missing_ok=True)
-        np.savez_compressed(OUT / name / "io.npz", **found)
-        size = sum(p.stat().st_size for p in (OUT / name).iterdir())
+        if found:
+            np.savez_compressed(OUT / name / "io.npz", **found)
+        size = sum(p.stat().st_size for p in (OUT / name).rglob("*") if p.is_file())
         print(f"{name}: {size / 1e3:.0f} kB", f"smallest gap {found['gap'].min():.4f}" if "gap" in found else "")
 
 
