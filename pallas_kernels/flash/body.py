@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash import layout
+from pallas_kernels.flash.layout import Plan
 from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.flash.xla import divide
 
@@ -33,11 +35,34 @@ def _split(arranged: dict) -> tuple[dict, dict]:
     return rows, {x: arranged[x] for x in ("k", "v", "key_int", "key") if x in arranged}
 
 
+def _folding(call, p: Plan, opt, interpret):
+    """f(rows, keys) = ``call(p, opt, rows, keys, interpret)``, under which vmap lengthens the batch: kernels that copy from
+    unblocked arrays cannot be mapped otherwise."""
+
+    @jax.custom_batching.custom_vmap
+    def f(rows, keys):
+        return call(p, opt, rows, keys, interpret)
+
+    @f.def_vmap
+    def rule(size, mapped, rows, keys):
+        def fold(x, mapped):
+            if not mapped and x.shape[0] == 1:
+                return x
+            x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return jnp.broadcast_to(x, (size, p.b, *x.shape[2:])).reshape(size * p.b, *x.shape[2:])
+
+        folded = (jax.tree.map(fold, side, where) for side, where in zip((rows, keys), mapped, strict=True))
+        found = _folding(call, dataclasses.replace(p, b=size * p.b), opt, interpret)(*folded)
+        return jax.tree.map(lambda x: x.reshape(size, p.b, *x.shape[1:]), found), jax.tree.map(lambda x: True, found)
+
+    return f
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _flash(floats: dict, ints: dict, opt, body: Body, interpret):
     o = floats | ints
     p = body.plan(o, opt)
-    found = body.forward(p, opt, *_split(layout.arrange_floats(p, o) | layout.arrange_ints(p, o)), interpret)
+    found = _folding(body.forward, p, opt, interpret)(*_split(layout.arrange_floats(p, o) | layout.arrange_ints(p, o)))
     lse = layout.from_rows(p, jnp.swapaxes(found["lse"], 3, 4))[..., 0]
     return layout.from_rows(p, found["out"])[..., : p.dv], lse
 
@@ -57,7 +82,8 @@ def _bwd(opt, body, interpret, saved, cotangents):
     sums = jnp.stack([jnp.where(jnp.isfinite(lse), lse, FAR), delta], -1)
     rows["do"] = layout.rows_of(p, d_out, p.dv_pad)
     rows["sums"] = jnp.swapaxes(layout.rows_of(p, sums, value=FAR), 3, 4)
-    found = body.query_gradient(p, opt, rows, keys, interpret) | body.key_gradient(p, opt, rows, keys, interpret)
+    found = _folding(body.query_gradient, p, opt, interpret)(rows, keys)
+    found |= _folding(body.key_gradient, p, opt, interpret)(rows, keys)
     grads = {"q": found["dq"]} | {x: _with_spare(found["d" + x]) for x in ("k", "v")}
     if p.row:
         grads["row"] = _summed(found["d_row"], arranged["row"].shape)

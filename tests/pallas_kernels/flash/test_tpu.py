@@ -37,6 +37,24 @@ def test_scores_without_a_softmax(rng):
     assert not lse.any()
 
 
+def test_a_mapped_call_is_a_longer_batch(rng):
+    o, opt = call(rng, n=16, h=2, g=1, tile=8, unit=8, mask=masks.causal(), key_bias=1)
+
+    def gradient(body, scale):
+        def loss(q, k):
+            out, lse = body(o | {"q": q * scale, "k": k})
+            return (out * jnp.arange(out.size).reshape(out.shape)).sum() + jnp.where(lse > -jnp.inf, lse, 0.0).sum()
+
+        return jax.grad(loss, (0, 1))(o["q"], o["k"])
+
+    scales = jnp.array([1.0, 0.5, 2.0])
+    body = lambda o: tpu.flash(o, opt, interpret=pltpu.InterpretParams())  # noqa: E731
+    got = jax.jit(jax.vmap(lambda x: gradient(body, x)))(scales)
+    want = jax.vmap(lambda x: gradient(lambda o: op.flash(o, opt, "reference"), x))(scales)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()))
+
+
 def test_transposed_lists_hold_every_entry_once(rng):
     o, opt = call(rng, n=50, m=64, h=2, tile=4, unit=8, hs=2, k=5)
     p = tpu._plan(o, opt)
