@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxattn.core.labels import KIND_NEWLINE
 from jaxattn.core.record import Capacity
-from jaxattn.core.select import forbid, gather_tokens, per_group, rank_of, scatter_tokens
+from jaxattn.core.select import forbid, gather_meta, gather_tokens, per_group, rank_of, scatter_tokens
 from jaxattn.core.slots import compact
 from jaxattn.core.types import Array, Meta, Tokens, bucket, expect
 
@@ -136,7 +136,7 @@ def reduce_keep(tokens: Tokens, index: Array, valid: Array | None = None, *, pos
     """Rows ``index`` int32 [B, K] (ascending where ``valid`` bool [B, K]) of x, meta and slot map."""
     b, n = tokens.x.shape[:2]
     valid = jnp.ones(index.shape, bool) if valid is None else valid
-    meta = tokens.meta.gather(index)
+    meta = gather_meta(tokens.meta, index)
     meta = meta.replace(valid=meta.valid & valid)
     if positions == "fresh":
         (meta,) = fresh(meta, start=_first(tokens.meta))
@@ -165,7 +165,7 @@ def reduce_merge(tokens: Tokens, x: Array, slot: Array, index: Array, valid: Arr
       positions: "fresh" makes the order of the merged rows their order in time: the positions ``pos`` that the rows of
         ``index`` held are dealt out again in ascending order.
     """  # fmt: skip
-    meta = tokens.meta.gather(index)
+    meta = gather_meta(tokens.meta, index)
     meta = meta.replace(valid=meta.valid & valid)
     if positions == "fresh":
         big = jnp.iinfo(jnp.int32).max

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.types import Array, Selection, expect
+from jaxattn.core.types import Array, Meta, Selection, expect
 
 
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
@@ -137,6 +137,22 @@ def diverse(x: Array, k: int, *, first, weight: Array | None = None, combine: st
 def gather_tokens(x: Array, index: Array) -> Array:
     """x [B, N, ...], index int32 [B, K] -> [B, K, ...]. A batched gather, so a sharded batch stays sharded."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+def gather_meta(meta: Meta, index: Array) -> Meta:
+    """Rows ``index`` [B, K] of every field of a Meta (in every kv head alike)."""
+
+    def take(x, axis=-1):
+        x = jnp.moveaxis(jnp.asarray(x), axis, 1)
+        x = gather_tokens(jnp.broadcast_to(x, (index.shape[0], *x.shape[1:])), index)
+        return jnp.moveaxis(x, 1, axis)
+
+    plain = jax.tree.map(take, meta.replace(rope=None))
+    if meta.rope is None:
+        return plain
+    axes = 2 if meta.pos.ndim == 3 else 1  # axes before the rows' own: [B, G] or [B]
+    per_axis = meta.rope.ndim > axes + 1
+    return plain.replace(rope=take(meta.rope, -2 if per_axis else -1))
 
 
 def scatter_tokens(x: Array, index: Array, rows: Array) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxattn.core.attend import attend_keys, lower, make_call, merge, put_heads, take_heads, view_call
 from jaxattn.core.mask import causal, field_of
-from jaxattn.core.select import gather_tokens
+from jaxattn.core.select import gather_meta, gather_tokens
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels.flash import flash, reference
 from pallas_kernels.profile import column_sums as kernel_column_sums
@@ -262,7 +262,7 @@ def rows_call(call: Call, index: Array) -> Call:
     sink = call.sink_logit
     past = tuple(v.replace(where=select(v.where), own=optional(v.own)) for v in call.past)
     return call.replace(
-        q=take(call.q), q_meta=call.q_meta.gather(index), row={k: take(x) for k, x in call.row.items()},
+        q=take(call.q), q_meta=gather_meta(call.q_meta, index), row={k: take(x) for k, x in call.row.items()},
         bias=optional(call.bias, 2), where=select(call.where), past=past, out_gate=optional(call.out_gate),
         sink_logit=sink if sink is None or sink.ndim < 3 else take(sink),
     )  # fmt: skip

@@ -18,7 +18,6 @@ from dataclasses import field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.record import (
@@ -70,22 +69,6 @@ class Meta:
     @property
     def n(self) -> int:
         return self.pos.shape[-1]
-
-    def gather(self, index: Array) -> Meta:
-        """Rows ``index`` [B, K] of every field (in every kv head alike)."""
-        from jaxattn.core.select import gather_tokens
-
-        def take(x, axis=-1):
-            x = jnp.moveaxis(jnp.asarray(x), axis, 1)
-            x = gather_tokens(jnp.broadcast_to(x, (index.shape[0], *x.shape[1:])), index)
-            return jnp.moveaxis(x, 1, axis)
-
-        plain = jax.tree.map(take, self.replace(rope=None))
-        if self.rope is None:
-            return plain
-        axes = 2 if self.pos.ndim == 3 else 1  # axes before the rows' own: [B, G] or [B]
-        per_axis = self.rope.ndim > axes + 1
-        return plain.replace(rope=take(self.rope, -2 if per_axis else -1))
 
 
 @data

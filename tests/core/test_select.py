@@ -116,7 +116,7 @@ def test_meta_gather_takes_every_field(rng):
     pos = rng.integers(0, 9, (2, 3, 5)).astype(np.int32)
     rope = rng.normal(size=(2, 3, 5, 2)).astype(np.float32)
     meta = Meta(pos, np.arange(5)[None] < 4, rope, np.arange(10.0).reshape(2, 5), {"kind": pos * 2})
-    got = meta.gather(index)
+    got = select.gather_meta(meta, index)
     for b in range(2):
         i = np.asarray(index[b])
         np.testing.assert_array_equal(got.pos[b], pos[b][:, i])
@@ -124,7 +124,7 @@ def test_meta_gather_takes_every_field(rng):
         np.testing.assert_array_equal(got.valid[b], i < 4)
         np.testing.assert_array_equal(got.rope[b], rope[b][:, i])
         np.testing.assert_array_equal(got.size[b], meta.size[b, i])
-    flat = Meta.of(5, rope=rng.normal(size=(1, 5, 3))).gather(index)
+    flat = select.gather_meta(Meta.of(5, rope=rng.normal(size=(1, 5, 3))), index)
     assert flat.rope.shape == (2, 2, 3) and flat.pos.tolist() == index.tolist()
 
 
