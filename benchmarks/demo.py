@@ -36,7 +36,7 @@ class Demo:
     """full, aim, aim_merge, or token methods as "name" or "name:arg=value,..."."""
     budgets: tuple[int, ...] = (72, 36, 16)
     """Visual tokens that stay, of 144."""
-    scenes: int = 2000
+    scenes: int = 1000
     """Held-out scenes to answer, nine questions each."""
     batch: int = 50
     """Scenes answered at once."""
