@@ -12,9 +12,10 @@ from jaxattn import tokens
 from jaxattn.cache.full import full
 from jaxattn.core import mask as masks
 from jaxattn.core.attend import make_call
-from jaxattn.core.types import Meta, Need
+from jaxattn.core.types import Meta, Need, State
 from jaxattn.tokens.vflowopt import importance_need
 from models import evidence as ev
+from models import stack
 from models.bind import Bound
 from models.language import llm
 from models.multimodal import vlm
@@ -135,6 +136,16 @@ def test_evidence_against_the_map():
     chosen = (received > 1.2 * (received.sum(-1) / valid.sum(-1))[:, None]) & valid
     want = np.stack([p[b].mean(0)[chosen[b]].mean(0) for b in range(B)])
     np.testing.assert_allclose(ask(name=importance_need(0, 1.2)), want, atol=1e-5)
+
+
+def test_renumbered_segments_keep_their_caches():
+    """Five segments, each with positions of its own, as four renumbering cuts leave them: none can be joined."""
+    rows = [np.zeros((1, B, 2, n, 4), np.float32) for n in (9, 8, 7, 6, 5)]
+    shifts = [None, *(jnp.full(B, i) for i in range(1, 5))]
+    apart = [stack.CacheStack(State(x), s, i, i + 1) for i, (x, s) in enumerate(zip(rows, shifts, strict=True))]
+    assert len(stack._join_caches(apart)) == 5
+    alike = [c.replace(shift=None) for c in apart]
+    assert len(stack._join_caches(alike)) == stack.MAX_CACHES
 
 
 def test_facts_follow_and_come_back():

@@ -28,11 +28,12 @@ EVIDENCE = {
     "cls": received(B, N),
     "middle": received(B, N),
     "deep": received(B, N),
+    "last": received(B, N),
     "rank": received(B, H, N),
     "features": RNG.normal(size=(B, N, 4)).astype(np.float32),
     "text": (RNG.normal(size=(B, T, C)).astype(np.float32), np.arange(T)[None] < np.array([[5], [3], [1]])),
 }
-BUDGETED = [tokens.random, tokens.uniform, tokens.fastervlm, tokens.hiprune, tokens.mmtok]
+BUDGETED = [tokens.random, tokens.uniform, tokens.fastervlm, tokens.hiprune, tokens.mmtok, tokens.todre, tokens.fastv]
 EVERY = [*BUDGETED, tokens.mean_pool]
 
 
@@ -89,12 +90,12 @@ def test_batch_rows_do_not_meet(factory):
     rows, other = kept(factory(keep=10)), dict(EVIDENCE)
     x = X.copy()
     x[1:] = RNG.normal(size=x[1:].shape)
-    for name in ("cls", "middle", "deep", "features"):
+    for name in ("cls", "middle", "deep", "last", "features"):
         other[name] = np.concatenate([EVIDENCE[name][:1], EVIDENCE[name][1:][::-1]])
     np.testing.assert_array_equal(kept(factory(keep=10), rows_of(x), other)[0], rows[0])
 
 
-@pytest.mark.parametrize("factory", [tokens.fastervlm, tokens.mmtok], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("factory", [tokens.fastervlm, tokens.mmtok, tokens.todre], ids=lambda f: f.__name__)
 def test_permutation(factory):
     """Methods that know no place choose the same tokens of a shuffled image."""
     order = RNG.permutation(N)
@@ -111,7 +112,7 @@ def test_padding_is_never_chosen(factory):
     valid[0, 20:], valid[1, ::2], valid[2, :] = False, False, np.arange(N) < 4
     tok = rows_of(valid=valid)
     rows, out = kept(factory(keep=10), tok), apply(factory(keep=10), tok)
-    garbage = {n: np.where(valid, e, 9.0) if n in ("cls", "middle", "deep") else e for n, e in EVIDENCE.items()}
+    garbage = {n: np.where(valid, e, 9.0) if n in ("cls", "middle", "deep", "last") else e for n, e in EVIDENCE.items()}
     garbage["features"] = np.where(valid[..., None], EVIDENCE["features"], 9.0)
     again = apply(factory(keep=10), rows_of(np.where(valid[..., None], X, 9.0), valid), garbage)
     np.testing.assert_array_equal(out.meta.valid, again.meta.valid)
