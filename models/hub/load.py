@@ -7,6 +7,7 @@ slices they hold and no others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -27,6 +28,7 @@ from models.hub.fields import Fields
 from models.hub.rules import Piece, expand
 from models.language.llm import LLMConfig
 from models.multimodal.vlm import VLMConfig
+from models.vision.positions import at_size
 from models.vision.vit import ViTConfig
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (*language.FAMILIES, *vision.FAMILIES, *multimodal.FAMILIES)}
@@ -34,12 +36,14 @@ OWNERS = {LLMConfig: language, ViTConfig: vision, VLMConfig: multimodal}
 LISTED = 20  # names shown in an error
 
 
-def from_pretrained(path: str | Path, *, dtype=None, mesh=None, **sockets) -> tuple[Bound, dict]:
+def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **sockets) -> tuple[Bound, dict]:
     """A model from a local directory in the Hugging Face format: config.json and safetensors.
 
     Args:
       path: the directory.  dtype: of the parameters; None keeps what is stored.
-      mesh: parameters are laid out over it by the tables of ``jaxattn.nn.partition``; None puts them on one device.
+      mesh: parameters are laid out over it (axes data, fsdp, sequence, tensor, of type Auto) by the tables of
+        ``jaxattn.nn.partition``; None puts them on one device.
+      image: (height, width) that a vision tower shall read, if not the checkpoint's: its positions are interpolated.
       sockets: attention, reduce, cache, steering, ... as in the model's ``bind``.
     Returns: (bound model, config.json as a dict: token ids and other things that are not the model's). The model's own
       configuration is ``bound.program.config``.
@@ -52,10 +56,24 @@ def from_pretrained(path: str | Path, *, dtype=None, mesh=None, **sockets) -> tu
     config = family.read(fields, headers.keys())
     fields.close()
     pieces, kept = plan(family, config, headers, str(path))
+    expect("image", image, f"None for a {family.name}", image is None or not isinstance(config, LLMConfig))
     params = read(config, family, pieces, headers, dtype, mesh)
+    if image is not None:
+        config, params = _at_size(config, params, image, family)
     if kept:
-        params["extra"] = {name: _whole(headers[name].array(), dtype, None) for name in kept}
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        params["extra"] = {name: _whole(headers[name].array(), dtype, everywhere) for name in kept}
     return family.model.bind(config, params, **sockets), raw
+
+
+def _at_size(config, params: dict, image, family: Family):
+    """A tower, or a model with one, for images of another size."""
+    tower = config.vision if isinstance(config, VLMConfig) else config
+    antialias = family.name == "dinov2_with_registers"  # the one family that transformers smooths
+    if tower is config:
+        return at_size(config, params, image, antialias=antialias)
+    new, mine = at_size(tower, params["vision"], image, antialias=antialias)
+    return dataclasses.replace(config, vision=new), {**params, "vision": mine}
 
 
 def family_for(raw: dict) -> tuple[Family, Fields]:

@@ -57,6 +57,7 @@ TOWER_CASES = {
     "dinov2": (hf.Dinov2ForImageClassification, hf.Dinov2Config, DINO | dict(num_labels=5)),
     "dinov2_registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig, DINO | dict(num_register_tokens=3)),
 }
+RESIZED = {"vit": (20, 16), "clip": (8, 24), "dinov2": (8, 20), "dinov2_registers": (8, 20)}  # (height, width)
 LLAVA_CASES = {
     "llava": (hf.CLIPVisionConfig, hf.LlamaConfig, dict(vision_feature_layer=-2)),
     "llava_siglip": (hf.SiglipVisionConfig, hf.Qwen2Config,
@@ -124,13 +125,19 @@ def tower_case(name):
     model = randomise(kind._from_config(config, attn_implementation="eager"), 0)
     model.save_pretrained(OUT / name)
     size = fields["image_size"] if isinstance(fields["image_size"], list) else [fields["image_size"]] * 2
-    image = np.random.default_rng(0).normal(size=(2, config.num_channels, *size)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, config.num_channels, *size)).astype(np.float32)
     out = model(pixel_values=torch.tensor(image), output_hidden_states=True)
     rows = [x.numpy() for x in out.hidden_states]
     found = dict(image=image.transpose(0, 2, 3, 1), penultimate=rows[-2], last=rows[-1])
     for key in ("logits", "pooler_output", "last_hidden_state"):
         if getattr(out, key, None) is not None:
             found[key] = getattr(out, key).numpy()
+    if name in RESIZED:
+        wide = rng.normal(size=(1, config.num_channels, *RESIZED[name])).astype(np.float32)
+        more = {} if name.startswith("dinov2") else dict(interpolate_pos_encoding=True)
+        out = model(pixel_values=torch.tensor(wide), output_hidden_states=True, **more)
+        found |= dict(wide_image=wide.transpose(0, 2, 3, 1), wide_last=out.hidden_states[-1].numpy())
     return found
 
 

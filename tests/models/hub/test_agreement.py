@@ -80,6 +80,19 @@ def test_vision_tower(case):
         check_logits(out.pooled, found["pooler_output"])
 
 
+@pytest.mark.parametrize("case", ("vit", "clip", "dinov2", "dinov2_registers"))
+def test_towers_at_another_size(case):
+    """Interpolated positions, for images that are taller, wider and smaller than the checkpoint's."""
+    found = recorded(case)
+    bound, _ = hub.from_pretrained(GOLDEN / case, image=found["wide_image"].shape[1:3])
+    check_logits(forward(vit, bound, found["wide_image"]).stack.streams.x, found["wide_last"])
+
+
+def test_a_language_model_has_no_image_size():
+    with pytest.raises(ValueError, match="image: expected None for a llama"):
+        hub.from_pretrained(GOLDEN / "llama", image=(8, 8))
+
+
 @pytest.mark.parametrize("case", LLAVA)
 def test_llava(case):
     """Text rows around an image, and 64 greedy tokens from the cache."""

@@ -17,6 +17,8 @@ import models
 from models import hub
 from models.hub import files, load
 from models.language import llm
+from models.vision import vit
+from train.sharding import make_mesh
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "hf"
@@ -88,7 +90,7 @@ def test_models_without_a_family_are_refused(tmp_path):
 def test_dtype_and_mesh():
     """Parameters in another dtype, each device with its slice only: the values of an ordinary load."""
     plain, _ = hub.from_pretrained(GOLDEN / "llava", dtype=jnp.bfloat16)
-    mesh = jax.make_mesh((1, 2, 1, 2), ("data", "fsdp", "sequence", "tensor"), devices=jax.devices()[:4])
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     cut, _ = hub.from_pretrained(GOLDEN / "llava", dtype=jnp.bfloat16, mesh=mesh)
     assert {x.dtype for x in jax.tree.leaves(cut.params)} == {jnp.dtype(jnp.bfloat16)}
     assert equal(plain.params, cut.params)
@@ -96,6 +98,19 @@ def test_dtype_and_mesh():
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
     stored = load_file(GOLDEN / "llava" / "model.safetensors")["language_model.model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(kernel[1], jnp.asarray(stored.T, jnp.bfloat16))
+
+
+def test_towers_run_on_a_mesh():
+    """Kept tensors and interpolated positions lie where the other parameters do."""
+    mesh = make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+    rows = []
+    for where in (None, mesh):
+        bound, _ = hub.from_pretrained(GOLDEN / "dinov2", mesh=where, image=(8, 12))
+        assert "embeddings.mask_token" in bound.params["extra"]
+        run = jax.jit(lambda arrays, params, image, program=bound.program: vit.forward(
+            models.Bound(program, arrays, params), image).logits)  # fmt: skip
+        rows.append(np.asarray(run(bound.arrays, bound.params, np.ones((2, 8, 12, 3), np.float32))))
+    np.testing.assert_allclose(rows[1], rows[0], atol=1e-5)
 
 
 def test_bfloat16_round_trip(tmp_path):
