@@ -64,7 +64,10 @@ def read_headers(path: str | Path) -> dict[str, Stored]:
     folder = Path(path)
     index = folder / INDEX
     if index.is_file():
-        where = json.loads(index.read_text()).get("weight_map", {})
+        try:
+            where = dict(json.loads(index.read_text())["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index}: expected a weight_map, got {error!r}") from None
         names = sorted(set(where.values()))
         if outside := [n for n in names if Path(n).name != n]:
             raise ValueError(f"{index}: expected file names of this directory, got {outside}")
@@ -104,6 +107,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             header = json.loads(f.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a safetensors file: {error}") from None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError(f"{file}: not a safetensors file: its header is no table of tensors")
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":

@@ -50,6 +50,7 @@ def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **so
     Raises ValueError, before anything large is allocated, for a model_type or a field that is not supported, tensors that are
     missing, unexpected or of another shape (all listed), missing or truncated shards, and pickled weights.
     """
+    dtype = None if dtype is None else jnp.dtype(dtype)
     raw = files.read_config(path)
     family, fields = family_for(raw)
     headers = _renamed(files.read_headers(path), family.aliases)

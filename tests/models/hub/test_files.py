@@ -114,7 +114,7 @@ def test_towers_run_on_a_mesh():
 
 
 def test_bfloat16_round_trip(tmp_path):
-    bound, config = hub.from_pretrained(GOLDEN / "qwen2", dtype=jnp.bfloat16)
+    bound, config = hub.from_pretrained(GOLDEN / "dinov2", dtype="bfloat16")
     hub.save_pretrained(bound, tmp_path, config)
     again, _ = hub.from_pretrained(tmp_path)
     assert equal(again.params, bound.params)
@@ -191,7 +191,11 @@ def test_damaged_directories_are_refused(copy, tmp_path, monkeypatch):
     refused(folder, r"model\.safetensors: truncated")
     weights.write_bytes(struct.pack("<Q", 40) + b"\x80" * 60)
     refused(folder, "not a safetensors file")
+    weights.write_bytes(struct.pack("<Q", 2) + b"[]")
+    refused(folder, "no table of tensors")
     weights.write_bytes(whole)
+    (folder / files.INDEX).write_text("{}")
+    refused(folder, "expected a weight_map")
     names = load_file(weights)
     (folder / files.INDEX).write_text(json.dumps({"weight_map": {k: "model-2.safetensors" for k in names}}))
     refused(folder, r"missing \['model-2.safetensors'\]")
