@@ -11,7 +11,11 @@
 
 Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H])``; rows that see nothing give 0 and -inf. With
 ``normalizer="none"`` the scores weigh the values directly and lse is 0. Gradients flow to every float operand and from
-both outputs.
+both outputs. A list holds a unit at most once: the loops would count it twice.
+
+Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
+float32 and bfloat16; without ``bias``, ``log_weight``, units under 8 keys, and operations in mask and score_mod that
+kernels do not lower).
 """
 
 from __future__ import annotations

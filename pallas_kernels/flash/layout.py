@@ -202,11 +202,11 @@ def transpose_lists(p: Plan, lists):
 
 # ------------------------------------------------------------------------------------------------ what lowers
 
-# Elementwise operations that both Mosaic TPU and Triton lower (checked by compiling).
+# Operations on tiles that both Mosaic TPU and Triton lower, derivatives included (checked by compiling).
 ELEMENTWISE = frozenset(
     "add sub mul neg abs rem max min and or xor not eq ne lt le gt ge exp exp2 log log1p tanh logistic sqrt rsqrt pow "
     "integer_pow square shift_left shift_right_arithmetic shift_right_logical select_n convert_element_type "
-    "broadcast_in_dim reshape squeeze expand_dims copy stop_gradient reduce_sum add_any mul_add clamp".split()
+    "broadcast_in_dim reshape squeeze copy stop_gradient reduce_sum add_any clamp".split()
 )
 NESTED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
 
