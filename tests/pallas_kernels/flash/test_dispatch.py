@@ -14,6 +14,11 @@ def test_the_body_of_the_backend_is_chosen_where_it_works(rng, monkeypatch, back
     """Kernels are not partitioned by the compiler: with several devices they run inside a shard_map only."""
     o, opt = call(rng, n=16, b=2, h=2, tile=8, unit=8)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert op._kernel_for(o, opt) is None or body in op.MEASURED
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(op, "MEASURED", {"tpu", "gpu"})
     mesh = _compat.make_mesh((2,), ("data",), jax.devices()[:2])
     found = {}
 
