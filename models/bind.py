@@ -70,7 +70,6 @@ class Program:
     config: Any
     stacks: tuple
     sites: tuple = ()
-    sampler: Any = None
 
     def stack(self, site: str) -> StackProgram:
         return dict(self.stacks)[site]
@@ -86,9 +85,6 @@ class Bound(NamedTuple):
     program: Program
     arrays: dict
     params: Any
-
-
-SITES = ("attention", "mixer", "reduce", "cache", "steering", "sampler")
 
 
 def as_record(socket: str, value, n_layers: int | None = None):

@@ -166,10 +166,10 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         cuts = [c for c in program.cuts if start < c.layer < stop]
         edges = [start, *sorted({c.layer for c in cuts}), stop]
         pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
-    shift, carried = None, {}
+    shift, carried, given = None, {}, streams.meta.rope
     for a, b, cache, cuts in pieces:
         if cache is not None:
-            streams = _shifted(streams, cache.shift)
+            streams = _shifted(streams, given, cache.shift)
         streams, states, found, pending, extra = _segment(
             params, program, arrays, streams, a, b, phase=phase, mask=mask, cache=cache, states=states, step=step, key=key,
             evidence=evidence, const=const, keep_cache=keep_cache, new_rows=new_rows,
@@ -204,9 +204,11 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
     asked = program.needs if phase not in ("decode", "extend") else ()
     every = [x for x in asked if x.at.endswith(".*")]
     needs = [x for x in asked if not x.at.endswith(".*") and a <= int(x.at.rsplit(".", 1)[1]) < b]
+    names = [need.name for need in (*every, *needs)]
+    expect("needs", f"two requests called {max(names, key=names.count, default='')!r}", "a name for each kind of evidence",
+           len(set(names)) == len(names))  # fmt: skip
     if keep_cache:
         if cache is None:
-            policy_params = params_of(arrays, "cache")
             state = policy.init_state(spec.replace(layers=b - a))
             cache = CacheStack(state, None, a, b)
         policy_params = params_of(arrays, "cache")
@@ -303,12 +305,11 @@ def _last(pos, valid):
     return jnp.max(jnp.where(valid, pos, 0), axis=1)
 
 
-def _shifted(streams: Streams, shift) -> Streams:
-    """New rows of a segment whose prompt was renumbered: rotary positions go on where the prompt's stopped."""
+def _shifted(streams: Streams, given, shift) -> Streams:
+    """New rows, whose rotary positions were ``given``, in a segment whose prompt was renumbered: they go on behind it."""
     meta = streams.meta
-    if shift is None:
-        return streams.replace(meta=meta.replace(rope=None))
-    return streams.replace(meta=meta.replace(rope=meta.pos - shift[:, None]))
+    rope = given if shift is None else (meta.pos if given is None else given) - shift[:, None]
+    return streams.replace(meta=meta.replace(rope=rope))
 
 
 def _blocks(p, block, h, x, out):
