@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from models import sampling
 from models.bind import Bound, Program, by_layer, dense
-from models.generation import generate, stream
+from models.generate import generate, stream
 from models.hub import from_pretrained, save_pretrained
 from models.language import llm
 from models.multimodal import vlm

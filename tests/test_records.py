@@ -24,7 +24,7 @@ from models import llm, sampling, vit, vlm
 from models.bind import Bound
 from tests.models.small import LLM, TOWER, VLM, images, prompts
 
-generation = importlib.import_module("models.generation")
+generation = importlib.import_module("models.generate")
 PLAIN_TOWER = vit.config(12, 3, 2, 16, 2, channels=2, hidden=32, cls=False)
 DEEP = dataclasses.replace(VLM, vision=dataclasses.replace(TOWER, layers=6))  # methods name layers of the tower
 GATES = np.tile([0.9, 0.1], (LLM.layers, 1))

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxattn import registry
 from models.bind import Bound, as_record
-from models.generation import prefill, stream
+from models.generate import prefill, stream
 from models.hub import images, load, multimodal
 from models.hub.text import Text, read_text
 from models.language.llm import LLMConfig

@@ -8,7 +8,7 @@ import pytest
 from jaxattn.core import attend as attention
 from jaxattn.core import mask as masks
 from jaxattn.core.attend import attend, attend_call, make_call, merge, mix
-from jaxattn.core.select import expand, from_mask
+from jaxattn.core.select import expand, from_mask, gather_meta
 from jaxattn.core.types import Meta, Part, Selection, View, contract
 
 # These programs run once, on small arrays: compiling them is what the tests wait for.
@@ -390,7 +390,7 @@ def test_vmap_is_a_loop(rng, small_tiles):
 
     def run(x, seg):
         meta = Meta.of(60, seg=seg)
-        q_meta = meta.gather(jnp.arange(20, 60)[None])
+        q_meta = gather_meta(meta, jnp.arange(20, 60)[None])
         part = attend(**x, mask=masks.same("seg") & masks.causal(), q_meta=q_meta, k_meta=meta)
         return part.out.sum() + finite(part.lse).sum()
 
