@@ -205,10 +205,6 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out)
 
 
-def text_rows(params: dict, c: VLMConfig, tokens: Array, meta: Meta, dtype=None) -> tuple[Array, Meta]:
-    return llm.embed(params["llm"], tokens, dtype), meta
-
-
 def around_image(c: VLMConfig, meta: Meta, image_at=None) -> Meta:
     """Text rows numbered 0, 1, ... with room for the image behind the first ``image_at`` of them (None: in front)."""
     if image_at is None:
