@@ -23,8 +23,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
+from pallas_kernels._dispatch import choose
 from pallas_kernels.flash import reference, xla
 
 
@@ -64,22 +63,10 @@ class Options:
 def flash(operands: dict, options: Options, implementation: str | None = None):
     """See the module's docstring. ``implementation=None`` picks the fast path that works here; a named one raises a
     ValueError that says what it does not support."""
-    if implementation is None:
-        implementation = _kernel_for(operands, options) or "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected None or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
-    return IMPLEMENTATIONS[implementation](operands, options)
 
+    def refusal(name: str) -> str | None:
+        from pallas_kernels.flash import layout
 
-def _kernel_for(operands: dict, options: Options) -> str | None:
-    """The accelerator body of this backend, where it supports the call."""
-    body = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend())
-    if body not in MEASURED:
-        return None
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = jax.device_count() == 1 or (mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
-    if not alone:  # a kernel does not partition by itself: many devices need a shard_map around it
-        return None
-    from pallas_kernels.flash import layout
+        return layout.unsupported(operands, options)
 
-    return body if layout.unsupported(operands, options) is None else None
+    return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal)(operands, options)
