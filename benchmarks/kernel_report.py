@@ -1,11 +1,11 @@
 """What the compilers of TPU and GPU say about the kernels at full size: memory by kind, registers, spills.
 
-    python -m benchmarks.kernel_report tpu                          # 128K tokens, every chip generation
-    python -m benchmarks.kernel_report tpu --chips v6e --tokens 32768 --lists shared
+    python -m benchmarks.kernel_report tpu                          # 128K tokens, every operation and chip generation
+    python -m benchmarks.kernel_report tpu --ops flash --chips v6e --tokens 32768 --lists shared
     python -m benchmarks.kernel_report gpu --head-dim 64            # an H200
 
 Nothing runs: programs are compiled ahead of time from shapes (extras ``tpu-aot`` and ``gpu-aot``). A kernel that does not
-fit its chip fails here as it would there.
+fit its chip fails here as it would there. What is compiled: ``benchmarks/kernel_cases``.
 """
 
 from __future__ import annotations
@@ -25,81 +25,73 @@ from typing import Annotated, Literal
 from benchmarks.compile_report import show, topology  # first: it prepares the environment for compilers without chips
 
 import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
 import tyro  # isort: skip
 from jax.experimental import topologies  # isort: skip
 from jax.extend import core  # isort: skip
 from jax.sharding import SingleDeviceSharding  # isort: skip
 
 import pallas_kernels  # isort: skip
-from jaxattn.core import mask as masks  # isort: skip
-from pallas_kernels import flash as op  # isort: skip
+from benchmarks import kernel_cases  # isort: skip
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    tokens: int = 131072
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    block: int = 128
-    """Keys of a unit and queries of a tile."""
-    entries: int = 64
-    """Units in a list."""
-    lists: Literal["shared", "kv heads", "query heads"] = "kv heads"
+class _Report(kernel_cases.Sizes):
+    ops: tuple[str, ...] = dataclasses.field(default_factory=kernel_cases.names)
+    """Operations to compile."""
     json: bool = False
     """Print one JSON array (bytes) instead of a table."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tpu(Sizes):
-    """Compile the block-list attention, forward and backward, for one device of each chip."""
+class Tpu(_Report):
+    """Compile the operations, forward and backward, for one device of each chip."""
 
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu(Sizes):
-    """Compile the block-list attention, forward and backward, for an H200."""
+class Gpu(_Report):
+    """Compile the operations, forward and backward, for an H200."""
 
 
-def flash_shapes(options: Sizes, sharding) -> tuple[dict, dict, op.Options]:
-    """(differentiable operands, integer operands, static options) of a causal call, as shapes in bfloat16."""
-    n, g = options.tokens, options.kv_heads
-    lists = {"shared": 1, "kv heads": g, "query heads": options.heads}[options.lists]
-    tiles = -(-n // options.block)
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A compiled program of an operation. ``kernels``: those that no program before it has."""
 
-    def shape(dtype, *size):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-
-    floats = {
-        "q": shape(jnp.bfloat16, 1, n, options.heads, options.head_dim),
-        "k": shape(jnp.bfloat16, 1, n, g, options.head_dim),
-        "v": shape(jnp.bfloat16, 1, n, g, options.head_dim),
-    }
-    ints = {
-        "index": shape(jnp.int32, 1, lists, tiles, options.entries),
-        "count": shape(jnp.int32, 1, lists, tiles),
-        "k_valid": shape(jnp.bool_, 1, n),
-        "q_fields": {"pos": shape(jnp.int32, 1, n)},
-        "k_fields": {"pos": shape(jnp.int32, 1, n)},
-    }
-    static = op.Options(masks.causal(), scale=options.head_dim**-0.5, unit=options.block, tile=options.block)
-    return floats, ints, static
+    name: str
+    kernels: list
+    temp: int
+    seconds: float
 
 
-def programs(static: op.Options, implementation: str) -> dict:
-    """{name: f(floats, ints)}: the attention, and the gradient of its operands from both outputs."""
+def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str):
+    """Compile the programs of an operation one by one, yielding each as ``Built``."""
+    case = kernel_cases.load(op)
+    floats, ints, programs = case.case(sizes, sharding, implementation)
+    calls = [(name, f, (floats, ints)) for name, f in programs.items()]
+    if getattr(case, "DIFFERENTIABLE", False):
+        forward = programs["forward"]
 
-    def forward(floats, ints):
-        return op.flash(floats | ints, static, implementation)
+        def backward(floats, ints, cotangents):
+            return jax.vjp(lambda f: forward(f, ints), floats)[1](cotangents)[0]
 
-    def backward(floats, ints, cotangents):
-        return jax.vjp(lambda f: forward(f, ints), floats)[1](cotangents)[0]
-
-    return {"forward": forward, "backward": backward}
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        calls.append(("backward", backward, (floats, ints, jax.tree.map(place, jax.eval_shape(forward, floats, ints)))))
+    seen = set()
+    for name, f, args in calls:
+        start = time.perf_counter()
+        traced = jax.jit(f).trace(*args)
+        compiled = traced.lower().compile()
+        seconds = time.perf_counter() - start
+        found = {eqn.params["name"]: eqn for eqn in kernel_calls(traced.jaxpr.jaxpr)}
+        if not found or not all(x.startswith(f"{op}_") for x in found):
+            raise ValueError(f"{op}: expected kernels named {op}_..., got {sorted(found) or 'none'}")
+        # A gradient asked for alone recomputes the forward kernel; it has its row already.
+        new = [eqn for x, eqn in found.items() if x not in seen]
+        seen |= set(found)
+        yield Built(name, new, compiled.memory_analysis().temp_size_in_bytes, round(seconds, 1))
 
 
 def kernel_calls(jaxpr) -> list:
@@ -146,26 +138,17 @@ def vector_bytes(eqn, sharding) -> int:
 
 def report(chip: str, options: Tpu) -> list[dict]:
     sharding = SingleDeviceSharding(topology(CHIPS[chip]).devices[0])
-    floats, ints, static = flash_shapes(options, sharding)
-    named = programs(static, "tpu")
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    outputs = jax.tree.map(place, jax.eval_shape(named["forward"], floats, ints))
     rows = []
-    for name, args in (("forward", (floats, ints)), ("backward", (floats, ints, outputs))):
-        start = time.perf_counter()
-        traced = jax.jit(named[name]).trace(*args)
-        compiled = traced.lower().compile()
-        seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        for eqn in kernel_calls(traced.jaxpr.jaxpr):
-            kernel = eqn.params["name"]
-            if name == "backward" and kernel == "flash_forward":
-                continue  # recomputed only because the gradient is asked for alone
-            rows.append({
-                "chip": chip, "program": name, "kernel": kernel, "VMEM": vector_bytes(eqn, sharding),
-                "SMEM": scalar_bytes(eqn), "HBM in": nbytes(eqn.invars), "HBM out": nbytes(eqn.outvars),
-                "program temp": memory.temp_size_in_bytes, "seconds": round(seconds, 1),
-            })  # fmt: skip
+    for op in options.ops:
+        for built in build(op, options, sharding, "tpu"):
+            rows += [
+                {
+                    "op": op, "chip": chip, "program": built.name, "kernel": eqn.params["name"],
+                    "VMEM": vector_bytes(eqn, sharding), "SMEM": scalar_bytes(eqn), "HBM in": nbytes(eqn.invars),
+                    "HBM out": nbytes(eqn.outvars), "program temp": built.temp, "seconds": built.seconds,
+                }
+                for eqn in built.kernels
+            ]  # fmt: skip
     return rows
 
 
@@ -179,39 +162,51 @@ def gpu_report(options: Gpu) -> list[dict]:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={root} --xla_dump_to={dump}"
         target = (Path(pallas_kernels.__file__).parent / "targets" / "h200.txtpb").read_text()
         chip = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
-        floats, ints, static = flash_shapes(options, SingleDeviceSharding(chip))
-        forward = programs(static, "gpu")["forward"]
-
-        def both(floats, ints):
-            return jax.value_and_grad(lambda f: sum(x.astype(jnp.float32).sum() for x in forward(f, ints)))(floats)
-
-        start = time.perf_counter()
-        compiled = jax.jit(both).lower(floats, ints).compile()
-        seconds, temp = round(time.perf_counter() - start, 1), compiled.memory_analysis().temp_size_in_bytes
-        shared = {}
-        for plan in Path(dump).glob("*thunk_sequence.txt"):
-            for name, size in re.findall(r"(flash_\w+) grid: .*shared_memory: (\d+) bytes", plan.read_text()):
-                shared[name] = int(size)
         rows = []
-        for path in sorted(Path(dump).glob("*.ptx")):
-            name = re.search(r"\.entry (flash_\w+)", text := path.read_text())
-            if name is None:
-                continue
-            command = [root / "bin" / "ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull]
-            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-            rows.append({
-                "kernel": name[1], "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-                "spills": int(spills[1]) + int(spills[2]), "shared memory": shared[name[1]],
-                "wgmma": text.count("wgmma.mma_async"), "mma": text.count("mma.sync"), "program temp": temp,
-                "seconds": seconds,
-            })  # fmt: skip
+        for op in options.ops:
+            for built in build(op, options, SingleDeviceSharding(chip), "gpu"):
+                names = {eqn.params["name"] for eqn in built.kernels}
+                for figures in gpu_kernels(Path(dump), root, names):
+                    rows.append({
+                        "op": op, "program": built.name, **figures, "program temp": built.temp, "seconds": built.seconds
+                    })  # fmt: skip
+                for file in Path(dump).iterdir():
+                    file.unlink()
+    return rows
+
+
+def gpu_kernels(dump: Path, root: Path, names: set[str]) -> list[dict]:
+    """Figures of the kernels called ``names``, from what a compilation left in ``dump``."""
+    shared = {}
+    for plan in dump.glob("*thunk_sequence.txt"):
+        for name, size in re.findall(r"(\w+) grid: .*shared_memory: (\d+) bytes", plan.read_text()):
+            shared[name] = int(size)
+    rows = []
+    for path in sorted(dump.glob("*.ptx")):
+        name = re.search(r"\.entry (\w+)", text := path.read_text())
+        if name is None or name[1] not in names:
+            continue
+        command = [root / "bin" / "ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        rows.append({
+            "kernel": name[1], "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+            "spills": int(spills[1]) + int(spills[2]), "shared memory": shared[name[1]],
+            "wgmma": text.count("wgmma.mma_async"), "mma": text.count("mma.sync"),
+        })  # fmt: skip
+    if missing := names - {row["kernel"] for row in rows}:
+        raise ValueError(f"gpu: expected PTX of {', '.join(sorted(missing))}, the compiler wrote none")
     return rows
 
 
 def main() -> None:
     choice = Annotated[Tpu, tyro.conf.subcommand("tpu")] | Annotated[Gpu, tyro.conf.subcommand("gpu")]
     options = tyro.cli(choice, description=__doc__.split("\n\n")[0])
+    try:
+        for op in options.ops:
+            kernel_cases.load(op)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     if isinstance(options, Gpu):
         rows = gpu_report(options)
     else:

@@ -1,0 +1,41 @@
+"""What ``benchmarks.kernel_report`` compiles: one module per operation of ``pallas_kernels``, found by its file name.
+
+A module has ``case(sizes, sharding, implementation) -> (floats, ints, programs)``: the differentiable operands and the
+others as dicts of ShapeDtypeStructs, and ``{"forward": f(floats, ints), ...}``. With ``DIFFERENTIABLE = True`` the
+report adds "backward", the gradient of ``floats`` from all outputs of "forward". The operation's kernels bear its name:
+"flash_forward" is a kernel of flash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The size of a call; a case reads what it has a use for."""
+
+    tokens: int = 131072
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block: int = 128
+    """Keys of a unit and queries of a tile."""
+    entries: int = 64
+    """Units in a list."""
+    lists: Literal["shared", "kv heads", "query heads"] = "kv heads"
+
+
+def names() -> tuple[str, ...]:
+    """The operations that have a case."""
+    return tuple(sorted(x.name for x in pkgutil.iter_modules(__path__)))
+
+
+def load(name: str) -> ModuleType:
+    if name not in names():
+        raise ValueError(f"ops: expected some of {', '.join(names())}, got {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
