@@ -1,0 +1,180 @@
+"""G-Search and P-Sigmoid: how many image tokens each layer of the language model needs ("Accelerating Multimodal Large
+Language Models by Searching Optimal Vision Token Reduction").
+
+The order of image tokens by received attention hardly changes from layer to layer, so one number per layer, the share
+r_i of tokens that it reads, describes a whole schedule: layer i keeps the ceil(r_i N) tokens of largest attention in
+layer i - 1, and what has left does not return.
+
+``g_search``: shares for a loss that may not be exceeded. From shallow to deep, with the layers above fixed and the layers
+below tied to layer i, the smallest r_i in [0, r_{i-1}] that still performs; a bisection, valid because more tokens in one
+layer never hurt by assumption.
+``p_sigmoid``: shares for a budget b. r_i = 1 / (1 + exp(k (i - alpha))) with alpha such that the mean over the L layers is
+b exactly; one number k is left to search (``p_sigmoid_search``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, valid_rows
+from jaxattn.core.search import Search, maximise
+from jaxattn.core.types import Need, contract, expect
+from jaxattn.registry import register
+
+
+def check_rates(rates) -> tuple[float, ...]:
+    rates = tuple(float(r) for r in rates)
+    ok = len(rates) >= 2 and rates[0] == 1 and all(0 <= b <= a for a, b in zip(rates, rates[1:], strict=False))
+    expect("rates", rates, "shares that start at 1 and never rise, one per layer", ok)
+    return rates
+
+
+@contract
+class _Cut:
+    before: float
+    rate: float
+    query: str | int = "last"
+    mode: str = "keep"
+    positions: str = "original"
+
+    def needs(self):
+        return (Need("rank", what="received", at="last", rows=self.query),)
+
+    def count(self, n: int) -> int:
+        """ceil(r N), N the rows that entered: of the ``n`` at the cut, ceil(N before) in mode "keep"."""
+        entered = n if self.mode == "mask" else math.floor(n / self.before + 1e-6)
+        return min(n, math.ceil(entered * self.rate - 1e-6))
+
+    def rows(self, n):
+        return n if self.mode == "mask" else max(1, self.count(n))
+
+    def apply(self, params, state, tokens, evidence, ctx):
+        scores = evidence_rows(evidence, "rank", tokens)
+        keep = choose(scores, self.count(tokens.x.shape[1]), valid_rows(tokens))
+        left = self.rows(tokens.x.shape[1])
+        return dispose(tokens, keep, left, self.mode, self.positions), state, {"scores": scores}
+
+
+@contract
+class _Rates:
+    rates: tuple | None = None
+    keep: float = 0.25
+    steepness: float = 1.0
+    query: str | int = "last"
+    least: float = 0.0
+    mode: str = "keep"
+    positions: str = "original"
+
+    def check(self):
+        check_budget(1, self.mode, self.positions)
+        if self.rates is not None:
+            check_rates(self.rates)
+        expect("keep", self.keep, "a mean share in (0, 1]", 0 < self.keep <= 1)
+        expect("least", self.least, "a share of the tokens in [0, 1)", 0 <= self.least < 1)
+
+    def shares(self, layers: int) -> tuple[float, ...]:
+        if self.rates is None:
+            return reachable(p_sigmoid(layers, self.keep, self.steepness))
+        expect("rates", len(self.rates), f"one share per layer, {layers}", len(self.rates) == layers)
+        return check_rates(self.rates)
+
+    def schedule(self, layers):
+        cuts, before = [], 1.0
+        for i, rate in enumerate(self.shares(layers)):
+            if i and before - rate > self.least:  # layers that would drop next to nothing share a segment
+                cuts.append((i, _Cut(before, rate, self.query, self.mode, self.positions)))
+                before = rate
+            if before == 0:
+                break
+        return tuple(cuts)
+
+
+def reachable(rates) -> tuple[float, ...]:
+    """Shares as a model can execute them: the first layer ranks, so it reads everything, and none reads more than the
+    layer above."""
+    out = [1.0]
+    for rate in rates[1:]:
+        out.append(min(out[-1], float(rate)))
+    return tuple(out)
+
+
+@register("tokens")
+def g_search(rates: tuple[float, ...] | None = None, keep: float = 0.25, steepness: float = 1.0, query: str | int = "last",
+             least: float = 0.0, mode: str = "keep", positions: str = "original"):
+    """Read a share of the image tokens in each layer, ranked by the layer above (site "llm").
+
+    Args:
+      rates: shares per layer, 1 first, never rising, as ``g_search_rates`` or ``p_sigmoid`` return them. None: a
+        P-Sigmoid of mean share ``keep`` and ``steepness``.
+      keep: mean share over the layers.  steepness: k of the sigmoid; 0 is uniform, large is an exit at layer keep * L.
+      query: whose attention ranks: "last", "text" or a number of last rows.
+      least: cuts that would drop a smaller share of the tokens wait for the next layer (fewer, longer segments).
+      mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh".
+    A share of 0 leaves one row in mode "keep" (marked invalid), since an array of no rows cannot be scanned.
+    """  # fmt: skip
+    return _Rates(None if rates is None else tuple(rates), keep, steepness, query, least, mode, positions)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+def p_sigmoid(layers: int, budget: float, steepness: float) -> tuple[float, ...]:
+    """Shares r_i = 1 / (1 + exp(k (i - alpha))) of ``layers`` layers whose mean is ``budget``; alpha by bisection."""
+    expect("layers", layers, "at least 1", layers >= 1)
+    expect("budget", budget, "a mean share in (0, 1]", 0 < budget <= 1)
+    expect("steepness", steepness, "0 or more", steepness >= 0)
+    if budget == 1 or steepness == 0:
+        return (float(budget),) * layers
+    i, odds = np.arange(layers), math.log(budget / (1 - budget))
+
+    def shares(alpha):
+        return 0.5 * (1 - np.tanh(0.5 * steepness * (i - alpha)))
+
+    # The smallest and the largest share bracket the mean: alpha lies where layer 0 or layer L - 1 has share b.
+    low, high = odds / steepness, odds / steepness + layers - 1
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if shares(middle).mean() < budget else (low, middle)
+    return tuple(float(x) for x in shares(0.5 * (low + high)))
+
+
+def g_search_rates(performance: Callable[[tuple[float, ...]], float], layers: int, loss: float = 0.0, *,
+                   precision: float = 1 / 64, baseline: float | None = None) -> tuple[float, ...]:
+    """The smallest shares that perform, layer by layer.
+
+    Args:
+      performance: shares of all ``layers`` -> a number, larger is better, say accuracy on calibration data of a model
+        bound with ``g_search(shares)``.
+      loss: what may be lost of ``baseline`` (None: the performance of all tokens).
+      precision: width at which the bisection of a layer stops; shares are multiples of it if 1 / precision is whole.
+    Returns shares; about layers * log2(1 / precision) evaluations.
+    """  # fmt: skip
+    expect("precision", precision, "in (0, 1]", 0 < precision <= 1)
+    rates = [1.0] * layers
+    goal = (performance(tuple(rates)) if baseline is None else baseline) - loss
+    for i in range(1, layers):
+        enough = round(rates[i - 1] / precision)
+        fails = -1  # in steps of the precision; -1 is below the smallest share
+        while enough - fails > 1:
+            step = (enough + fails) // 2
+            share = min(step * precision, rates[i - 1])
+            if performance((*rates[:i], *[share] * (layers - i))) >= goal:
+                enough = step
+            else:
+                fails = step
+        rates[i:] = [min(enough * precision, rates[i - 1])] * (layers - i)
+    return tuple(rates)
+
+
+def p_sigmoid_search(performance: Callable[[tuple[float, ...]], float], layers: int, budget: float, *, calls: int = 30,
+                     initial: int = 8, seed: int = 42, steepest: float = 4.0) -> tuple[tuple[float, ...], Search]:
+    """(shares, the Search) of mean ``budget`` whose steepness performs best, by Bayesian optimisation of
+    log2(1 + k) in [0, log2(1 + steepest)]; ``performance`` as in ``g_search_rates``."""  # fmt: skip
+
+    def at(point):
+        return p_sigmoid(layers, budget, 2.0 ** point["steepness"] - 1)
+
+    bounds = {"steepness": (0.0, math.log2(1 + steepest))}
+    search = maximise(lambda x: performance(reachable(at(x))), bounds, calls=calls, initial=initial, seed=seed)
+    return at(search.best[0]), search
