@@ -201,9 +201,3 @@ def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, imag
 
 
 __all__ = ["Decoding", "decode", "generate", "prefill", "stream"]
-
-
-if __name__ == "__main__":
-    from models.hub.cli import main
-
-    main()

@@ -88,3 +88,4 @@ def test_the_module_runs():
     run = subprocess.run([sys.executable, "-m", "models.generate", "nowhere", "--prompt", "x"], cwd=ROOT, text=True,
                          capture_output=True)  # fmt: skip
     assert run.returncode == 2 and "expected tokenizer.json in nowhere" in run.stderr
+    assert "Warning" not in run.stderr and callable(models.generate)
