@@ -2,37 +2,60 @@
 
 A call that names a body gets it, or a ValueError saying what it does not support. A call that names none always works:
 the accelerator's body where it has been measured on a device and takes the call, plain XLA otherwise.
+
+XLA cuts "reference" and "xla" over a mesh as it cuts everything else; kernels it does not. Where the operation says what
+its dimensions are called, ``choose`` therefore wraps every other body by ``_mesh.spread``: under an ambient mesh
+(``jax.set_mesh``) each device runs it on its part of batch and heads. A body in plain XLA that is faster that way (one CPU
+device per core, say) calls ``_mesh.spread`` itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
 
+from pallas_kernels import _mesh
+
 # The bodies written for a backend, best first.
 ACCELERATORS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu"), "cuda": ("hopper", "gpu")}
+CUT_BY_XLA = frozenset({"reference", "xla"})
 
 
-def choose(bodies: Mapping[str, Callable], measured, implementation: str | None, refusal: Callable) -> Callable:
-    """The body to call.
+def choose(
+    bodies: Mapping[str, Callable],
+    measured,
+    implementation: str | None,
+    refusal: Callable,
+    dims: Callable[[], _mesh.Dims] | None = None,
+    mesh=None,
+) -> Callable:
+    """The body to call, as ``body(operands, *static)``.
 
     ``bodies``: {name: function}. ``measured``: names that a call without a name may get. ``refusal(name)``: what that
-    body cannot do with this call, in words, or None.
+    body cannot do with this call, in words, or None. ``dims()``: names of the operands' and outputs' dimensions.
+    ``mesh``: to cut over, None for the ambient one.
     """
     if implementation is None:
         for name in ACCELERATORS.get(jax.default_backend(), ()):
-            if name in bodies and name in measured and alone() and refusal(name) is None:
-                return bodies[name]
+            if name in bodies and name in measured and reaches(dims, mesh) and refusal(name) is None:
+                return _cut(name, bodies, dims, mesh)
         return bodies["xla"]
     if implementation not in bodies:
         raise ValueError(f"implementation: expected None or one of {sorted(bodies)}, got {implementation!r}")
-    if implementation not in ("reference", "xla") and (why := refusal(implementation)) is not None:
+    if implementation not in CUT_BY_XLA and (why := refusal(implementation)) is not None:
         raise ValueError(f"implementation: {implementation!r} does not support {why}")
-    return bodies[implementation]
+    return _cut(implementation, bodies, dims, mesh)
 
 
-def alone() -> bool:
-    """One device, or inside a shard_map over every mesh axis: kernels do not partition by themselves."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or bool(mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))
+def _cut(name: str, bodies: Mapping[str, Callable], dims, mesh) -> Callable:
+    return bodies[name] if dims is None or name in CUT_BY_XLA else _mesh.spread(bodies[name], dims(), mesh=mesh)
+
+
+def reaches(dims, mesh=None) -> bool:
+    """Whether a kernel called here works on all of its data: one device, or a mesh that this call is cut over, or is
+    inside a shard_map of. Arrays on several devices that no mesh is set for are XLA's to cut."""
+    known = mesh is not None or bool(jax.sharding.get_abstract_mesh().axis_names)
+    cut = dims is not None or math.prod(_mesh.free_axes(mesh).values()) == 1
+    return jax.device_count() == 1 or known and cut

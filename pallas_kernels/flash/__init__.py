@@ -21,9 +21,13 @@ kernels do not lower).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
+
 from pallas_kernels._dispatch import choose
+from pallas_kernels._mesh import Dims
 from pallas_kernels.flash import reference, xla
 
 
@@ -60,13 +64,35 @@ class Options:
     step: int = 1
 
 
-def flash(operands: dict, options: Options, implementation: str | None = None):
+def dims(operands: dict, options: Options) -> Dims:
+    """What the dimensions are called, for a mesh: queries are cut between tiles, keys not at all."""
+    n, tiles = operands["q"].shape[1], operands["index"].shape[2]
+    length = "length" if n == tiles * options.tile else None
+    rows, keys, lists = ("batch", length, "heads"), ("batch", None, "heads"), ("batch", "heads", length)
+
+    def field(long):  # [b, N|M] or [b, G, N|M]
+        return lambda x: ("batch", long) if x.ndim == 2 else ("batch", "heads", long)
+
+    names = {
+        "q": (*rows, None), "k": (*keys, None), "v": (*keys, None), "index": (*lists, None), "count": lists,
+        "bounds": (*lists, None, None), "log_weight": (*lists, None), "key_bias": keys, "bias": (*lists, None),
+    }  # fmt: skip
+    sides = {"row": lambda x: rows, "key": lambda x: keys, "q_fields": field(length), "k_fields": field(None)}
+    sides["k_valid"] = field(None)
+    found = {x: jax.tree.map(sides[x], a) if x in sides else names[x] for x, a in operands.items() if a is not None}
+    return Dims(found, ((*rows, None), rows))
+
+
+def flash(operands: dict, options: Options, implementation: str | None = None, mesh=None):
     """See the module's docstring. ``implementation=None`` picks the fast path that works here; a named one raises a
-    ValueError that says what it does not support."""
+    ValueError that says what it does not support. ``mesh``: devices to cut a kernel's call over, None for those of
+    ``jax.set_mesh``."""
+    operands = {x: a for x, a in operands.items() if a is not None}
 
     def refusal(name: str) -> str | None:
         from pallas_kernels.flash import layout
 
         return layout.unsupported(operands, options)
 
-    return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal)(operands, options)
+    names = functools.partial(dims, operands, options)
+    return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal, names, mesh)(operands, options)
