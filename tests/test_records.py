@@ -45,6 +45,7 @@ EXAMPLES = {
     ("steering", "var"): {"dims": (0, 3)},
     ("steering", "vhr"): {"layers": (1, 2)},
     ("steering", "zerotuning"): {"gamma": 1.5, "heads": (0, 1)},
+    ("tokens", "adatoken_3d"): {"rates": np.linspace(1, 0.4, LLM.layers)},
     ("tokens", "attention_debiasing"): {"host": lambda: registry.get("tokens", "fastervlm")(8)},
     ("tokens", "mustdrop_merge"): {"size": 2},
     ("tokens", "visiondrop_stages"): {"keep": ((6, 2), (4, 2), (2, 1))},

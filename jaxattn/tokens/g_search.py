@@ -19,43 +19,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, valid_rows
+from jaxattn.core.reduce import check_budget
 from jaxattn.core.search import Search, maximise
-from jaxattn.core.types import Need, contract, expect
+from jaxattn.core.types import contract, expect
 from jaxattn.registry import register
-
-
-def check_rates(rates) -> tuple[float, ...]:
-    rates = tuple(float(r) for r in rates)
-    ok = len(rates) >= 2 and rates[0] == 1 and all(0 <= b <= a for a, b in zip(rates, rates[1:], strict=False))
-    expect("rates", rates, "shares that start at 1 and never rise, one per layer", ok)
-    return rates
-
-
-@contract
-class _Cut:
-    before: float
-    rate: float
-    query: str | int = "last"
-    mode: str = "keep"
-    positions: str = "original"
-
-    def needs(self):
-        return (Need("rank", what="received", at="last", rows=self.query),)
-
-    def count(self, n: int) -> int:
-        """ceil(r N), N the rows that entered: of the ``n`` at the cut, ceil(N before) in mode "keep"."""
-        entered = n if self.mode == "mask" else math.floor(n / self.before + 1e-6)
-        return min(n, math.ceil(entered * self.rate - 1e-6))
-
-    def rows(self, n):
-        return n if self.mode == "mask" else max(1, self.count(n))
-
-    def apply(self, params, state, tokens, evidence, ctx):
-        scores = evidence_rows(evidence, "rank", tokens)
-        keep = choose(scores, self.count(tokens.x.shape[1]), valid_rows(tokens))
-        left = self.rows(tokens.x.shape[1])
-        return dispose(tokens, keep, left, self.mode, self.positions), state, {"scores": scores}
+from jaxattn.tokens.staged import check_rates, rank_cuts
 
 
 @contract
@@ -82,14 +50,7 @@ class _Rates:
         return check_rates(self.rates)
 
     def schedule(self, layers):
-        cuts, before = [], 1.0
-        for i, rate in enumerate(self.shares(layers)):
-            if i and before - rate > self.least:  # layers that would drop next to nothing share a segment
-                cuts.append((i, _Cut(before, rate, self.query, self.mode, self.positions)))
-                before = rate
-            if before == 0:
-                break
-        return tuple(cuts)
+        return rank_cuts(self.shares(layers), self.query, self.mode, self.positions, least=self.least)
 
 
 def reachable(rates) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from jaxattn.core.reduce import check_budget, choose, count_of, dispose, evidence_rows, rows_left, valid_rows
+from jaxattn.core.reduce import check_budget, choose, count_of, dispose, evidence_rows, label, rows_left, valid_rows
 from jaxattn.core.types import Need, contract, expect, operand
 from jaxattn.registry import register
 
@@ -130,3 +130,57 @@ def pyramiddrop(layers: tuple[int, ...] | None = None, ratios: tuple[float, ...]
       mode: "keep" (gather) or "mask".  positions: rotary positions "fresh" (as published) or "original".
     """  # fmt: skip
     return _PyramidDrop(layers, ratios, query, mode, positions)
+
+
+@contract
+class RankCut:
+    """One cut of a schedule of shares: ceil(rate N) rows stay, by what rows of ``query`` gave them in the layer just done.
+
+    before: the share that the cut before left.  name: of the label whose rows (value 1) may leave, None for all;
+    ``others``: how many rows of the image group do not carry it. They stay."""
+
+    before: float
+    rate: float
+    query: str | int = "last"
+    mode: str = "keep"
+    positions: str = "original"
+    name: str | None = None
+    others: int = 0
+
+    def needs(self):
+        return (Need("rank", what="received", at="last", rows=self.query),)
+
+    def count(self, n: int) -> int:
+        """ceil(rate N), N the rows that entered: of the ``n`` at the cut, ceil(N before) in mode "keep"."""
+        n = n - self.others
+        entered = n if self.mode == "mask" else math.floor(n / self.before + 1e-6)
+        return min(n, math.ceil(entered * self.rate - 1e-6))
+
+    def rows(self, n):
+        return n if self.mode == "mask" else max(1, self.count(n) + self.others)
+
+    def apply(self, params, state, tokens, evidence, ctx):
+        n, scores = tokens.x.shape[1], evidence_rows(evidence, "rank", tokens)
+        always = None if self.name is None else label(tokens, self.name) != 1
+        keep = choose(scores, self.count(n), valid_rows(tokens), always=always)
+        return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {"scores": scores}
+
+
+def rank_cuts(rates: tuple[float, ...], query: str | int, mode: str, positions: str, *, least: float = 0.0,
+              name: str | None = None, others: int = 0) -> tuple[tuple[int, RankCut], ...]:
+    """(layer, cut) pairs for one share per layer. A layer that would drop at most ``least`` of the tokens waits for the
+    next, so that runs of alike layers stay one segment."""
+    cuts, before = [], 1.0
+    for layer, rate in enumerate(rates):
+        if layer and before > 0 and before - rate > least:
+            cuts.append((layer, RankCut(before, rate, query, mode, positions, name, others)))
+            before = rate
+    return tuple(cuts)
+
+
+def check_rates(rates) -> tuple[float, ...]:
+    """One share per layer, 1 first, never rising."""
+    rates = tuple(float(r) for r in rates)
+    ok = len(rates) >= 2 and rates[0] == 1 and all(0 <= b <= a for a, b in zip(rates, rates[1:], strict=False))
+    expect("rates", rates, "shares that start at 1 and never rise, one per layer", ok)
+    return rates
