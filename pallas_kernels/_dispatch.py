@@ -11,7 +11,6 @@ device per core, say) calls ``_mesh.spread`` itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -54,8 +53,13 @@ def _cut(name: str, bodies: Mapping[str, Callable], dims, mesh) -> Callable:
 
 
 def reaches(dims, mesh=None) -> bool:
-    """Whether a kernel called here works on all of its data: one device, or a mesh that this call is cut over, or is
-    inside a shard_map of. Arrays on several devices that no mesh is set for are XLA's to cut."""
+    """Whether a kernel called here works on all of its data: on one device, inside a shard_map over the whole mesh, or on
+    a mesh that this call can be cut over. Arrays on several devices for which no mesh is set are XLA's to cut."""
     known = mesh is not None or bool(jax.sharding.get_abstract_mesh().axis_names)
-    cut = dims is not None or math.prod(_mesh.free_axes(mesh).values()) == 1
-    return jax.device_count() == 1 or known and cut
+    return alone() or known and dims is not None
+
+
+def alone() -> bool:
+    """One device, or inside a shard_map over every mesh axis: kernels do not partition by themselves."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or bool(mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names))

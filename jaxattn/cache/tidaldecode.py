@@ -67,7 +67,7 @@ class TidalDecode:
         dense = selects | ~chosen["made"]
         # Both ways of reading in one program: the keys that a layer does not want form empty lists, which cost nothing.
         hidden = everything.replace(meta=everything.meta.replace(valid=everything.meta.valid & dense))
-        where = Selection(chosen["index"], jnp.where(dense, 0, chosen["count"]), unit=1, tile=1)
+        where = Selection(chosen["index"], jnp.where(dense, 0, chosen["count"]), unit=1, tile=1, distinct=True)
         own = jnp.repeat(chosen["own"], q.shape[2] // chosen["own"].shape[2], axis=2) | dense
         return (hidden, everything.replace(where=where, own=own)), chosen
 

@@ -176,7 +176,7 @@ def from_mask(active: Array, *, unit: int, tile: int, cap: int | None = None, sc
     else:
         index, valid = keep_top(jnp.where(active, scores, -jnp.inf), cap)
         count = valid.sum(-1).astype(jnp.int32)
-    return Selection(index, count, unit=unit, tile=tile)
+    return Selection(index, count, unit=unit, tile=tile, distinct=True)
 
 
 def from_index(index: Array, valid: Array, *, unit: int, tile: int) -> Selection:
@@ -185,7 +185,8 @@ def from_index(index: Array, valid: Array, *, unit: int, tile: int) -> Selection
     index = jnp.sort(jnp.where(valid, index, big), axis=-1)
     fresh = jnp.concatenate([index[..., :1] < big, (index[..., 1:] != index[..., :-1]) & (index[..., 1:] < big)], -1)
     index = jnp.sort(jnp.where(fresh, index, big), axis=-1)
-    return Selection(jnp.where(index < big, index, 0).astype(jnp.int32), fresh.sum(-1).astype(jnp.int32), unit, tile)
+    index = jnp.where(index < big, index, 0).astype(jnp.int32)
+    return Selection(index, fresh.sum(-1).astype(jnp.int32), unit, tile, distinct=True)
 
 
 def to_mask(where: Selection, units: int) -> Array:
@@ -215,7 +216,7 @@ def expand(where: Selection, factor: int) -> Selection:
     if weight is not None:
         weight = jnp.repeat(weight, factor, axis=-1)
     index = flat(where.index[..., None] * factor + part).astype(jnp.int32)
-    return Selection(index, where.count * factor, unit, where.tile, bounds, pos, weight)
+    return Selection(index, where.count * factor, unit, where.tile, bounds, pos, weight, where.distinct)
 
 
 def union(a: Selection, b: Selection) -> Selection:

@@ -82,6 +82,8 @@ class Selection:
       bounds: int32 [B|1, Hs, Nq, K, 2] or None; live range [start, stop) inside each unit.
       pos: int32 [B|1, Hs, Nq, K] or None; rotary position given to the first key of a retrieved unit.
       log_weight: float32 [B|1, Hs, Nq, K] or None; added to the logits of a unit.
+      distinct: static; the maker knows that no list holds a unit twice. Else attention looks, and counts it once (with its
+        first range and weight).
     A selection never encodes exact causality: the mask is applied on top.
     """
 
@@ -92,6 +94,7 @@ class Selection:
     bounds: Array | None = None
     pos: Array | None = None
     log_weight: Array | None = None
+    distinct: bool = static(False)
 
 
 @data

@@ -15,12 +15,11 @@ import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxattn.core.types import Array
+from pallas_kernels._mesh import AXES
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": ("sequence",),
+    **AXES,  # "batch", "length" and "heads": kernels are cut as the activations are
     "vocab": ("tensor",),
-    "heads": ("tensor",),
     "mlp": ("tensor",),
     "embed": ("fsdp",),
     "layers": (),

@@ -11,7 +11,7 @@
 
 Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H])``; rows that see nothing give 0 and -inf. With
 ``normalizer="none"`` the scores weigh the values directly and lse is 0. Gradients flow to every float operand and from
-both outputs. A list holds a unit at most once: the loops would count it twice.
+both outputs. A unit that stands in a list twice counts once, where it stands first; indices outside the keys do not count.
 
 Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
 float32 and bfloat16; without ``bias``, ``log_weight``, units under 8 keys, and operations in mask and score_mod that
@@ -28,7 +28,7 @@ import jax
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels._mesh import Dims
-from pallas_kernels.flash import reference, xla
+from pallas_kernels.flash import lists, reference, xla
 
 
 def _tpu(operands: dict, options: Options):
@@ -53,7 +53,8 @@ IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash, "tpu": _tpu, 
 class Options:
     """Static side of a call: mask and score_mod are value-hashed records, or None.
 
-    ``unit`` keys per entry of the list, ``tile`` queries per row of it, ``step`` entries read at a time."""
+    ``unit`` keys per entry of the list, ``tile`` queries per row of it, ``step`` entries read at a time, ``distinct``: no
+    list holds a unit twice."""
 
     mask: Any = None
     score_mod: Any = None
@@ -62,6 +63,7 @@ class Options:
     unit: int = 1
     tile: int = 1
     step: int = 1
+    distinct: bool = False
 
 
 def dims(operands: dict, options: Options) -> Dims:
@@ -87,7 +89,7 @@ def flash(operands: dict, options: Options, implementation: str | None = None, m
     """See the module's docstring. ``implementation=None`` picks the fast path that works here; a named one raises a
     ValueError that says what it does not support. ``mesh``: devices to cut a kernel's call over, None for those of
     ``jax.set_mesh``."""
-    operands = {x: a for x, a in operands.items() if a is not None}
+    operands = lists.clean({x: a for x, a in operands.items() if a is not None}, options)
 
     def refusal(name: str) -> str | None:
         from pallas_kernels.flash import layout
