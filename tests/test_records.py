@@ -52,6 +52,7 @@ EXAMPLES = {
     ("tokens", "visiondrop"): {"dominant": 6, "contextual": 2},
     ("objective", "meap"): {"mask_id": 3},
     ("analysis", "attention_sink_emergence"): {"layers": LLM.layers},
+    ("analysis", "text_dominance"): {"layers": LLM.layers},
 }
 PROCEDURES = {"conversion"}  # sockets whose entries run and return artifacts: no records
 WITHOUT_MODEL = {"objective"}  # their place is the training loop; no operands to rebind
