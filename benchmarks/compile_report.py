@@ -114,7 +114,7 @@ def depth_programs(depth: int, *, dim: int = 256, length: int = 256, sockets: bo
 
     def read(params, arrays, tokens, phase):
         bound = Bound(ModelProgram(c, (("llm", program),)), arrays, params)
-        x = llm.embed(params, tokens)
+        x = llm.embed(params, c, tokens)
         groups = {"vision": (x, llm.text_meta(tokens)), "text": (x, llm.text_meta(tokens, start=length))}
         out = stack.run(params, program, subset(arrays, "llm"), stack.streams_of(groups), phase=phase, new_rows=8)
         return bound, llm.finish(bound, out)

@@ -8,109 +8,23 @@ with depth, and the cache is read-only inside it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxattn.core import mask as masks
 from jaxattn.core import statistics
 from jaxattn.core.reduce import fresh
-from jaxattn.core.types import (
-    Array,
-    Call,
-    Ctx,
-    Meta,
-    Need,
-    Part,
-    State,
-    Tokens,
-    data,
-    default_state,
-    expect,
-    static,
-)  # fmt: skip
+from jaxattn.core.types import Array, Call, Ctx, Need, Part, State, data, default_state, expect
 from jaxattn.nn import block as B
-from jaxattn.nn import layers
 from jaxattn.nn.partition import STREAM, constrain
 from models import evidence as ev
 from models.bind import StackProgram, needs_of, params_of
-
-MAX_CACHES = 4  # segments with different numbers of rows share at most this many cache stacks
-
-
-@data
-class Streams:
-    """The rows of a stack: named groups lie one after the other in x; positions in Meta say what order means.
-
-    x [B, N, C]; meta fields [B, N]; slots {group: int32 [B, N0]} follow original rows; groups ((name, rows), ...)."""
-
-    x: Array
-    meta: Meta
-    slots: dict[str, Array]
-    groups: tuple = static(())
-
-    def span(self, name: str) -> tuple[int, int]:
-        start = 0
-        for group, rows in self.groups:
-            if group == name:
-                return start, start + rows
-            start += rows
-        raise ValueError(f"acts_on: expected one of {[g for g, _ in self.groups]}, got {name!r}")
-
-    def spans(self) -> dict[str, tuple[int, int]]:
-        return {name: self.span(name) for name, _ in self.groups}
-
-    def tokens(self, name: str) -> Tokens:
-        start, stop = self.span(name)
-        meta = jax.tree.map(lambda a: a[:, start:stop], self.meta)
-        return Tokens(self.x[:, start:stop], meta, self.slots[name])
-
-    def put(self, name: str, new: Tokens) -> Streams:
-        start, stop = self.span(name)
-        join = lambda a, b: jnp.concatenate([a[:, :start], b.astype(a.dtype), a[:, stop:]], 1)  # noqa: E731
-        groups = tuple((g, new.x.shape[1] if g == name else n) for g, n in self.groups)
-        old = self.meta
-        if new.meta.size is not None and old.size is None:
-            old = old.replace(size=jnp.ones(old.pos.shape, jnp.float32))
-        if new.meta.rope is not None and old.rope is None:
-            old = old.replace(rope=old.pos)
-        more = {label: jnp.zeros_like(old.pos) for label in new.meta.labels if label not in old.labels}
-        old = old.replace(labels={**old.labels, **more})
-        meta = jax.tree.map(join, old, jax.tree.map(jnp.asarray, new.meta))
-        return Streams(join(self.x, new.x), meta, {**self.slots, name: new.slot}, groups)
-
-
-def streams_of(groups: dict[str, tuple[Array, Meta]]) -> Streams:
-    """Streams from {name: (x, Meta)}; labels missing in one group are 0 there."""
-    names = sorted({label for _, meta in groups.values() for label in meta.labels})
-    has = {f: any(getattr(m, f) is not None for _, m in groups.values()) for f in ("rope", "size")}
-    metas, slots = [], {}
-    for name, (x, meta) in groups.items():
-        shape = x.shape[:2]
-        full = lambda a, shape=shape: jnp.broadcast_to(a, (*shape, *jnp.shape(a)[2:]))  # noqa: E731
-        labels = {n: full(meta.labels.get(n, np.zeros((1, shape[1]), np.int32))) for n in names}
-        rope = (full(meta.pos if meta.rope is None else meta.rope)) if has["rope"] else None
-        size = (full(np.ones((1, shape[1]), np.float32) if meta.size is None else meta.size)) if has["size"] else None
-        metas.append(Meta(full(meta.pos), full(meta.valid), rope, size, labels))
-        slots[name] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    x = jnp.concatenate([x for x, _ in groups.values()], 1)
-    meta = jax.tree.map(lambda *a: jnp.concatenate(a, 1), *metas)
-    return Streams(x, meta, slots, tuple((name, x.shape[1]) for name, (x, _) in groups.items()))
-
-
-@data
-class CacheStack:
-    """The cache of layers [start, stop): one State, leaves stacked over those layers. ``shift`` int32 [B]: what is taken
-    off a new row's position before rotation where a cut renumbered the rows (None: nothing)."""
-
-    state: State
-    shift: Array | None = None
-    start: int = static(0)
-    stop: int = static(0)
+from models.caches import CacheStack, join_caches
+from models.cuts import cut as cut_rows
+from models.cuts import transform
+from models.rows import Streams, streams_of
 
 
 @data
@@ -130,16 +44,6 @@ def init_states(program: StackProgram, batch: int, dtype) -> dict[str, State]:
     named = [(f"attention.{i}", a) for i, a in enumerate(program.attention)]
     named += [(f"steering.{i}", s) for i, s in enumerate(program.steering)]
     return {name: default_state(record, spec) for name, record in named}
-
-
-def layer_mask(program: StackProgram, mask):
-    """The layer's own mask and the caller's (packing, prefixes), as one expression or None."""
-    block = program.block
-    if mask is None and block.causal:
-        mask = masks.causal()
-    if block.window is not None:
-        mask = masks.window(block.window) if mask is None else mask & masks.window(block.window)
-    return mask
 
 
 def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, phase: str, mask=None, caches=(),
@@ -166,7 +70,9 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         cuts = [c for c in program.cuts if start < c.layer < stop]
         edges = [start, *sorted({c.layer for c in cuts}), stop]
         pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
-    shift, carried, given = None, {}, streams.meta.rope
+    carried, given, shift = {}, streams.meta.rope, None
+    if phase == "prefill" and given is not None and given.ndim == 3:  # pictures take fewer positions than rows (M-RoPE)
+        shift = _behind(streams.meta)
     for a, b, cache, cuts in pieces:
         if cache is not None:
             streams = _shifted(streams, given, cache.shift)
@@ -179,13 +85,13 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         if keep_cache:
             done.append(pending if cache is not None else pending.replace(shift=shift))
         for cut in cuts:
-            streams, carried = _cut(params, program, arrays, streams, cut, evidence, carried, mask=mask, step=step, key=key,
-                                    phase=phase)  # fmt: skip
+            streams, carried = cut_rows(params, program, arrays, streams, cut, evidence, carried, mask=mask, step=step, key=key,
+                                        phase=phase)  # fmt: skip
             if getattr(cut.transform, "positions", "original") == "fresh":
                 streams = streams.replace(meta=fresh(streams.meta)[0])
-                shift = _last(streams.meta.pos, streams.meta.valid) - _last(streams.meta.rope, streams.meta.valid)
+                shift = _behind(streams.meta)
     if keep_cache and phase == "prefill":
-        done = _join_caches(done)
+        done = join_caches(done)
     joined = jax.tree.map(lambda *x: jnp.concatenate(x), *aux) if aux and jax.tree.leaves(aux) else {}
     return StackOut(streams, evidence, tuple(done), states, joined)
 
@@ -196,7 +102,7 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
 def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, states, step, key, evidence, const,
              keep_cache, new_rows):  # fmt: skip
     block, policy = program.block, program.cache
-    mask = layer_mask(program, mask)
+    mask = B.mask(block, mask)
     batch, n = streams.x.shape[:2]
     spec = block.spec(program.layers, batch=batch, length=n + new_rows, dtype=streams.x.dtype.name)
     base = Ctx(step=step, key=key, const=const, phase=phase, site=program.site, spec=spec)
@@ -224,25 +130,28 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         x = constrain(x, STREAM)  # else the parameters' layout wins, and every device gets all rows of the batch
         layer, p = inputs
         if p is None:
-            p = _at(params["layers"], layer)
-        h = layers.norm(p["norm1"], x, block.eps)
+            p = B.layer_of(params["layers"], layer)
+        h = B.attention_input(p, block, x)
         ctx = dataclasses.replace(base, layer=layer, x=h, hidden=x)
-        here = {name: State(_at(layer_states[name], layer), carried[name]) for name in states}
+        here = {name: State(B.layer_of(layer_states[name], layer), carried[name]) for name in states}
         meta = streams.meta
-        cache_state = State(_at(cache.state.layer, layer - a), shared) if keep_cache else None
+        cache_state = State(B.layer_of(cache.state.layer, layer - a), shared) if keep_cache else None
         if keep_cache and hasattr(policy, "positions"):
             meta = policy.positions(policy_params, cache_state, meta, ctx)
         q, k, v = B.project(p["attn"], block, h)
         length = B.rotary_length(block, meta)
-        q_turned, k_turned = B.rotate(block, q, meta, length), B.rotate(block, k, meta, length)
+        q_turned, k_turned = B.rotate(block, q, meta, length, layer), B.rotate(block, k, meta, length, layer)
         side = _side(program, arrays, here, h, k, v, meta, ctx)
         views: tuple = ()
         if keep_cache and phase != "prefill":
             q_seen, k_seen = (q_turned, k_turned) if policy.rotated else (q, k)
             views, shared = policy.view(policy_params, cache_state, q_seen, k_seen, meta, ctx)
             if not policy.rotated:
-                views = tuple(w.replace(k=B.rotate(block, w.k, w.meta, length)) for w in views)
-        call = Call(q_turned, k_turned, v, meta, meta, past=views, key=side, mask=mask, rope=block.rope)
+                views = tuple(w.replace(k=B.rotate(block, w.k, w.meta, length, layer)) for w in views)
+            views = tuple(w.replace(meta=B.of_layer(block, w.meta, layer)) for w in views)  # what masks compare
+        seen_as = B.of_layer(block, meta, layer)
+        call = Call(q_turned, k_turned, v, seen_as, seen_as, past=views, key=side, mask=mask, scale=block.scale,
+                    score_mod=B.score_mod(block), rope=B.shared_rope(block))  # fmt: skip
         for i, steer in enumerate(program.steering):
             if callable(getattr(steer, "call", None)):
                 call = steer.call(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], call, ctx)
@@ -301,8 +210,11 @@ def _over_depth(program, before: dict, found: dict, later: bool) -> dict:
     return found
 
 
-def _last(pos, valid):
-    return jnp.max(jnp.where(valid, pos, 0), axis=1)
+def _behind(meta):
+    """int32 [B]: how far the last rotary position is behind the last place."""
+    rope = meta.rope if meta.rope.ndim == 2 else meta.rope.max(-1)
+    last, turned = (jnp.max(jnp.where(meta.valid, x, 0), axis=1) for x in (meta.pos, rope))
+    return last - turned
 
 
 def _shifted(streams: Streams, given, shift) -> Streams:
@@ -314,11 +226,7 @@ def _shifted(streams: Streams, given, shift) -> Streams:
 
 def _blocks(p, block, h, x, out):
     """((normalised input, output), ...) of the attention and the feed-forward sub-block."""
-    return (h, B.attention_output(p, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out))
-
-
-def _at(tree, i):
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), tree)
+    return (h, B.attention_output(p, block, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out))
 
 
 def _replace_layers(old, new, a: int, b: int, n: int):
@@ -341,7 +249,7 @@ def _side(program, arrays, here, h, k, v, meta, ctx) -> dict:
 
 def _kind_params(arrays, i: int, layer) -> dict:
     name = f"attention.{i}"
-    return {**arrays["operands"].get(name, {}), **_at(arrays.get("trained", {}).get(name, {}), layer)}
+    return {**arrays["operands"].get(name, {}), **B.layer_of(arrays.get("trained", {}).get(name, {}), layer)}
 
 
 def _attend(program, arrays, call, ctx, here):
@@ -408,92 +316,4 @@ def _blank_evidence(needs, program, streams, evidence) -> dict:
     return {need.name: jnp.zeros(s.shape, s.dtype) for need in needs for s in [shape_of(need)]}
 
 
-# -------------------------------------------------------------------------------------------------------------- cuts
-
-
-def _cut(params, program, arrays, streams, cut, evidence, carried, *, mask, step, key, phase) -> tuple[Streams, dict]:
-    """Apply one TokenTransform before layer ``cut.layer``; "next" evidence projects the rows through that layer.
-    ``carried``: {name: State} from the cuts before."""
-    record, block = cut.transform, program.block
-    acts_on = getattr(record, "acts_on", "vision")
-    asked = dict(evidence)
-    following = [need for need in needs_of(record) if need.at == "next"]
-    if following:
-        p = _at(params["layers"], cut.layer)
-        h = layers.norm(p["norm1"], streams.x, block.eps)
-        q, k, v = B.project(p["attn"], block, h)
-        turn = functools.partial(B.rotate, block, meta=streams.meta, length=B.rotary_length(block, streams.meta))
-        call = Call(turn(q), turn(k), v, streams.meta, streams.meta,
-                    mask=layer_mask(program, mask))  # fmt: skip
-        for need in following:
-            asked[need.name] = ev.answer(need, call, None, hidden=streams.x, k_raw=k, groups=streams.spans(), evidence=asked)
-    ctx = Ctx(layer=cut.layer, step=step, key=key, phase=phase, site=f"{program.site}.{cut.layer}",
-              spec=block.spec(program.layers), hidden=streams.x)  # fmt: skip
-    local = frozenset(need.name for need in (*program.needs, *following))
-    name = getattr(record, "carries", None)
-    state = carried.get(name, State())
-    streams, state = _transform(record, params_of(arrays, cut.name), state, streams, acts_on, asked, ctx, local)
-    return streams, carried if name is None else {**carried, name: state}
-
-
-def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx, local=frozenset()) -> Streams:
-    """Apply a TokenTransform to one group of rows, with the evidence of that group's rows.
-
-    ``local`` names facts whose columns are this stack's rows; per-key facts found elsewhere have a column per original
-    row of the group and follow its slots (a merged row gets the sum, or the maximum, of its members').
-    """
-    return _transform(record, params, State(), streams, acts_on, evidence, ctx, local)[0]
-
-
-def _transform(record, params, state, streams, acts_on, evidence, ctx, local):
-    if acts_on == "all":
-        expect("acts_on", f"{len(streams.groups)} groups", "one group for a transform of all rows", len(streams.groups) == 1)
-        acts_on = streams.groups[0][0]
-    start, stop = streams.span(acts_on)
-    tokens = streams.tokens(acts_on)
-    mine = dict(evidence)
-    for need in needs_of(record):
-        if need.name in local:
-            mine[need.name] = ev.columns(need, mine[need.name], start, stop)
-        elif need.what in ev.PER_KEY and mine.get(need.name) is not None and tokens.slot is not None:
-            mine[need.name] = ev.follow(mine[need.name], tokens.slot, stop - start, need.merged)
-    new, state, _ = record.apply(params, state, tokens, mine, ctx)
-    expect("rows", new.x.shape[1], f"the {record.rows(stop - start)} rows the transform declared",
-           new.x.shape[1] == record.rows(stop - start))  # fmt: skip
-    return streams.put(acts_on, new), state
-
-
-# ------------------------------------------------------------------------------------------------------------ caches
-
-
-def _join_caches(stacks: list[CacheStack]) -> list[CacheStack]:
-    """At most MAX_CACHES stacks, or one per numbering of the rows: neighbours with the fewest rows to lose are padded to a
-    common capacity."""
-    stacks = list(stacks)
-    while len(stacks) > MAX_CACHES:
-        widths = [_width(s) for s in stacks]
-        costs = [abs(widths[i] - widths[i + 1]) for i in range(len(stacks) - 1)]
-        for i, (x, y) in enumerate(zip(stacks, stacks[1:], strict=False)):
-            if x.shift is not y.shift:  # one stack has one offset
-                costs[i] = np.inf
-        i = int(np.argmin(costs))
-        if costs[i] == np.inf:
-            break
-        stacks[i : i + 2] = [_join(stacks[i], stacks[i + 1])]
-    return stacks
-
-
-def _width(stack: CacheStack) -> int:
-    return max((a.shape[-2] for a in jax.tree.leaves(stack.state.layer) if a.ndim >= 5), default=0)
-
-
-def _join(a: CacheStack, b: CacheStack) -> CacheStack:
-    """Stack two neighbours' layers; the narrower is padded with invalid slots on its slot axis."""
-
-    def fit(x, y):
-        target = tuple(max(m, n) for m, n in zip(x.shape[1:], y.shape[1:], strict=True))
-        pad = lambda z: jnp.pad(z, [(0, 0)] + [(0, t - n) for t, n in zip(target, z.shape[1:], strict=True)])  # noqa: E731
-        return jnp.concatenate([pad(x), pad(y)])
-
-    layer = jax.tree.map(fit, a.state.layer, b.state.layer)
-    return CacheStack(State(layer, a.state.shared), b.shift, a.start, b.stop)
+__all__ = ["CacheStack", "StackOut", "Streams", "init_states", "run", "streams_of", "transform"]

@@ -163,7 +163,7 @@ def answer(program, arrays, params, batch, key):
     """(words predicted int32 [B, Q], where patches went int32 [B, N]) of packed questions."""
     bound = Bound(program, arrays, params)
     meta, mask = vlm.question_meta(program.config, batch)
-    text = llm.embed(params["llm"], batch["tokens"])
+    text = llm.embed(params["llm"], program.config.llm, batch["tokens"])
     asked = (text, meta.valid & batch["content"])
     visual = vlm.see(bound, batch["image"], prompt=asked, phase="prefill", key=key)
     out, _ = vlm.forward(bound, batch["image"], batch["tokens"], meta=meta, mask=mask, phase="prefill", visual=visual)

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("linear", "dynamic", "llama3", "yarn")
+KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def _float32(x):
@@ -25,7 +25,8 @@ class RopeScaling:
     kind "linear": positions / factor (arXiv:2306.15595). "dynamic": the base grows with the length beyond
     original_length (dynamic NTK). "llama3": long wavelengths / factor, short ones untouched, a ramp between.
     "yarn": the same idea by the number of turns within original_length, and attention_scaling on q and k
-    (arXiv:2309.00071).
+    (arXiv:2309.00071). "longrope": a divisor per pair, short_factor up to original_length and long_factor beyond, and
+    attention_scaling (arXiv:2402.13753).
     """
 
     kind: str
@@ -39,6 +40,8 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple = ()
+    long_factor: tuple = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -47,8 +50,13 @@ class RopeScaling:
             raise ValueError(f"original_length: {self.kind!r} needs a length, got {self.original_length}")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value is not None and f.name not in ("kind", "truncate", "original_length"):
+            if f.name.endswith("_factor") and isinstance(value, list | tuple):
+                object.__setattr__(self, f.name, tuple(map(_float32, value)))
+            elif value is not None and f.name not in ("kind", "truncate", "original_length"):
                 object.__setattr__(self, f.name, _float32(value))
+        if (self.kind == "longrope") != bool(self.short_factor) or len(self.short_factor) != len(self.long_factor):
+            raise ValueError("short_factor, long_factor: expected as many numbers in both with 'longrope' and none otherwise, "
+                             f"got {len(self.short_factor)} and {len(self.long_factor)} with {self.kind!r}")
 
     @classmethod
     def from_config(cls, config, max_length=None):
@@ -68,12 +76,19 @@ class RopeScaling:
         return cls(kind, original_length=int(original), **fields)
 
     @property
+    def by_length(self):
+        """Whether the frequencies depend on the tokens seen so far."""
+        return self.kind in ("dynamic", "longrope")
+
+    @property
     def attention_scaling(self):
-        """Factor on the rotated channels of q and of k (1 except for yarn)."""
-        if self.kind != "yarn":
+        """Factor on the rotated channels of q and of k (1 except for yarn and longrope)."""
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.kind == "longrope":
+            return 1.0 if self.factor <= 1 else math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
 
         def temperature(m):
             return 1.0 if self.factor <= 1 else 0.1 * m * math.log(self.factor) + 1.0
@@ -90,8 +105,8 @@ def rope_frequencies(dim, base=10000.0, scaling=None, *, length=None):
         dim: rotated channels, even.
         base: base of the geometric series, base^(-2i/dim).
         scaling: RopeScaling, a checkpoint's dict, or None.
-        length: tokens seen so far, an int or a traced scalar; only "dynamic" reads it (None: the original
-            length).
+        length: tokens seen so far, an int or a traced scalar; only "dynamic" and "longrope" read it (None: the
+            original length).
 
     Returns:
         float32 [dim // 2]; a numpy constant, or a jax array where length is one.
@@ -105,6 +120,8 @@ def rope_frequencies(dim, base=10000.0, scaling=None, *, length=None):
         return (base**-exponent).astype(np.float32)
     if scaling.kind == "dynamic":
         return _dynamic(dim, base, scaling, length, exponent)
+    if scaling.kind == "longrope":
+        return _longrope(dim, base, scaling, length, exponent)
     freqs, factor = base**-exponent, scaling.factor
     if scaling.kind == "linear":
         freqs = freqs / factor
@@ -126,6 +143,15 @@ def _dynamic(dim, base, scaling, length, exponent):
         xp, length = jnp, jnp.maximum(length, trained)
     grown = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2)) if dim > 2 else base
     return xp.asarray(grown ** -xp.asarray(exponent), xp.float32)
+
+
+def _longrope(dim, base, scaling, length, exponent):
+    if len(scaling.short_factor) != dim // 2:
+        raise ValueError(f"short_factor: expected a number for each of {dim // 2} pairs, got {len(scaling.short_factor)}")
+    short, long = ((base**-exponent / np.asarray(f)).astype(np.float32) for f in (scaling.short_factor, scaling.long_factor))
+    if length is None or isinstance(length, int | np.integer):
+        return long if (length or 0) > scaling.original_length else short
+    return jnp.where(length > scaling.original_length, long, short)
 
 
 def _yarn_blend(dim, base, scaling):

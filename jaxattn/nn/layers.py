@@ -31,10 +31,10 @@ class Dense(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """scale [dim] of ones; kind "layer" adds bias [dim] of zeros."""
+    """scale [dim] of ones (of zeros where it is an ``offset`` from one); kind "layer" adds bias [dim] of zeros."""
 
-    def __init__(self, dim: int, *, kind: str = "rms"):
-        self.scale = nnx.Param(jnp.ones(dim))
+    def __init__(self, dim: int, *, kind: str = "rms", offset: bool = False):
+        self.scale = nnx.Param(jnp.zeros(dim) if offset else jnp.ones(dim))
         if kind == "layer":
             self.bias = nnx.Param(jnp.zeros(dim))
 

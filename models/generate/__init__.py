@@ -66,7 +66,7 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
         expect("image", None if image is None else image.shape, "an image per prompt", image is not None)
         first = program.config.visual
         meta = vlm.around_image(program.config, _prompt_meta(lengths, t), image_at)
-        text = llm.embed(params["llm"], tokens, dtype)
+        text = llm.embed(params["llm"], program.config.llm, tokens, dtype)
         visual = vlm.see(bound, image, prompt=(text, meta.valid), dtype=dtype, key=key)
         if paired:  # the second half of the batch reads the same prompt without the image
             seen = visual.meta.replace(valid=jnp.concatenate([visual.meta.valid, jnp.zeros_like(visual.meta.valid)]))
@@ -117,7 +117,7 @@ def decode(bound: Bound, state: Decoding, *, sampler=None, sampler_params=None, 
     b = state.token.shape[0]
     token, pos = twice(state.token), twice(state.pos)
     meta = Meta(pos[:, None], jnp.ones((pos.shape[0], 1), bool), labels={"kind": jnp.zeros((pos.shape[0], 1), jnp.int32)})
-    streams = stack.streams_of({"text": (llm.embed(weights(params), token[:, None], dtype), meta)})
+    streams = stack.streams_of({"text": (llm.embed(weights(params), c, token[:, None], dtype), meta)})
     out = stack.run(weights(params), program.stack("llm"), subset(arrays, "llm"), streams, phase="decode", caches=state.caches,
                     states=state.states, step=state.step + 1)  # fmt: skip
     done = llm.finish(bound, out, params=weights(params), c=c)
@@ -162,6 +162,11 @@ def generate(bound: Bound, tokens, *, steps: int, image=None, lengths=None, samp
       sampler: ``sampling.greedy()`` (default) or ``sampling.sample(...)``.
     """
     expect("steps", steps, "at least 1", steps >= 1)
+    if _turning(bound.program, tokens, lengths, steps):
+        found = list(stream(bound, tokens, steps=steps, lengths=lengths, sampler=sampler, stop=stop, pad=pad, key=key,
+                            dtype=dtype))  # fmt: skip
+        found += [jnp.full_like(found[0], pad)] * (steps - len(found))
+        return jnp.stack(found, 1)
     program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at)
     stop = jnp.int32(-1 if stop is None else stop)
     new, _ = _steps(program, sampler, bound.arrays, bound.params, params, state, stop, jnp.int32(pad), steps=steps, dtype=dtype)
@@ -172,6 +177,20 @@ def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sample
            key=None, dtype=None, image_at=None) -> Iterator[Array]:  # fmt: skip
     """Like ``generate``, token by token: yields int32 [B]; ends early once every row is done."""
     expect("steps", steps, "at least 1", steps >= 1)
+    if first := _turning(bound.program, tokens, lengths, steps):
+        rest = dict(sampler=sampler, stop=stop, pad=pad, dtype=dtype)
+        said = []
+        for new in stream(bound, tokens, steps=first, lengths=lengths, key=key, **rest):
+            said.append(new)
+            yield new
+        over = jnp.zeros(len(new), bool) if stop is None else (jnp.stack(said) == stop).any(0)
+        if len(said) < first or bool(over.all()):
+            return
+        tokens, lengths = _behind(tokens, lengths, jnp.stack(said, 1))
+        key = None if key is None else jax.random.fold_in(key, first)
+        for new in stream(bound, tokens, steps=steps - first, lengths=lengths, key=key, **rest):
+            yield jnp.where(over, pad, new)
+        return
     program, state, sampler, params = _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at)
     stop = jnp.int32(-1 if stop is None else stop)
     over = jnp.zeros(state.done.shape, bool)
@@ -181,6 +200,25 @@ def stream(bound: Bound, tokens, *, steps: int, image=None, lengths=None, sample
         if i + 1 == steps or bool(over.all()):
             return
         _, state = _step(program, sampler, bound.arrays, bound.params, params, state, stop, dtype=dtype)
+
+
+def _turning(program: Program, tokens, lengths, steps: int) -> int:
+    """New tokens after which the longest row of a model with longrope outgrows the length it was trained for; 0: it does not.
+    Its frequencies are others from there on, for every row before as well, so the texts are read again."""
+    rope = language(program)[0].block.rope
+    if rope is None or rope.scaling is None or rope.scaling.kind != "longrope":
+        return 0
+    left = rope.scaling.original_length + 1 - (np.shape(tokens)[1] if lengths is None else int(np.max(lengths)))
+    return left if 0 < left < steps else 0
+
+
+def _behind(tokens, lengths, new):
+    """(prompts [B, T + n] with the n new tokens behind them, right-padded; their lengths)."""
+    (b, t), n = tokens.shape, new.shape[1]
+    lengths = np.full(b, t) if lengths is None else np.asarray(lengths)
+    longer = np.pad(np.asarray(tokens), [(0, 0), (0, n)])
+    longer[np.arange(b)[:, None], lengths[:, None] + np.arange(n)] = new
+    return longer, lengths + n
 
 
 def _begin(bound, tokens, steps, image, lengths, sampler, stop, key, dtype, image_at):

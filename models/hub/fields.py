@@ -19,7 +19,7 @@ INERT = frozenset(
     do_sample early_stopping length_penalty max_length min_length no_repeat_ngram_size encoder_no_repeat_ngram_size
     num_beams num_beam_groups diversity_penalty num_return_sequences remove_invalid_values repetition_penalty temperature
     top_k top_p typical_p exponential_decay_length_penalty chunk_size_feed_forward use_bfloat16 tf_legacy_loss
-    cross_attention_hidden_size auto_map""".split()
+    cross_attention_hidden_size auto_map cache_implementation""".split()
 )
 # What transformers' base configuration may carry; any other value would change the model.
 PLAIN = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
@@ -33,7 +33,9 @@ ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }  # fmt: skip
+KINDS = ("sliding_attention", "full_attention")
 
 
 class Fields:
@@ -91,13 +93,32 @@ def read_rope(f: Fields, head_dim: int, length: int, partial_rotary: bool = Fals
     """The rotary embedding of ``rope_parameters``, or of ``rope_theta`` and ``rope_scaling`` (transformers before 5).
 
     ``partial_rotary``: the family may leave a part of each head unrotated."""
-    theta, partial = f("rope_theta", 10000.0), f("partial_rotary_factor", 1.0)
     old, new = f("rope_scaling", None), f("rope_parameters", None)
-    raw = dict(new or old or {})
-    theta, partial = raw.pop("rope_theta", theta), raw.pop("partial_rotary_factor", partial)
-    kind, again = raw.pop("rope_type", None), raw.pop("type", None)
-    kind = kind or again or "default"
     where = f"{f.where}: {'rope_parameters' if new else 'rope_scaling'}"
+    plain = {"rope_theta": f("rope_theta", 10000.0), "partial_rotary_factor": f("partial_rotary_factor", 1.0)}
+    return _rope({**plain, **(new or old or {})}, where, head_dim, length, f("original_max_position_embeddings", None),
+                 partial_rotary)  # fmt: skip
+
+
+def read_ropes(f: Fields, head_dim: int, length: int, theta: float, local_theta: float) -> tuple[Rope, Rope]:
+    """(of full layers, of layers with a window): ``rope_parameters`` by kind, or ``rope_theta`` with ``rope_scaling`` and
+    ``rope_local_base_freq`` (transformers before 5)."""
+    full, local = {"rope_theta": f("rope_theta", theta)}, {"rope_theta": f("rope_local_base_freq", local_theta)}
+    old, new = f("rope_scaling", None), f("rope_parameters", None) or {}
+    where = f"{f.where}: {'rope_parameters' if new else 'rope_scaling'}"
+    if unknown := {k: v for k, v in new.items() if k not in KINDS}:
+        raise ValueError(f"{where}: expected {' and '.join(KINDS)}, got {_brief(unknown)}")
+    full |= (new.get("full_attention") or {}) | (old or {})
+    local |= new.get("sliding_attention") or {}
+    return tuple(_rope(raw, where, head_dim, length, None, False) for raw in (full, local))
+
+
+def _rope(raw: dict, where: str, head_dim: int, length: int, original: int | None, partial_rotary: bool) -> Rope:
+    """A Rope from one dict of parameters; ``original``: the trained length that stands beside it, which wins."""
+    raw = dict(raw)
+    theta, partial = raw.pop("rope_theta"), raw.pop("partial_rotary_factor", 1.0)
+    kind, again = raw.pop("rope_type", None), raw.pop("type", None)
+    kind = {"su": "longrope"}.get(kind or again or "default", kind or again or "default")
     if kind not in ROPE_FIELDS:
         raise ValueError(f"{where}: rope_type = {kind!r} is not supported, expected one of {sorted(ROPE_FIELDS)}")
     unknown = {k: v for k, v in raw.items() if k not in ROPE_FIELDS[kind] and v is not None}
@@ -109,8 +130,32 @@ def read_rope(f: Fields, head_dim: int, length: int, partial_rotary: bool = Fals
         raise ValueError(f"{where}: fields that are not supported with {kind!r}: {_brief(unknown)}")
     if kind == "dynamic":  # the length that transformers compares with, whatever the dict says
         raw["original_max_position_embeddings"] = length
-    scaling = RopeScaling.from_config({"rope_type": kind, **raw}, length)
-    return Rope(int(head_dim * partial), theta, scaling=scaling)
+    elif original is not None:
+        raw["original_max_position_embeddings"] = original
+    try:
+        rope = Rope(int(head_dim * partial), theta, scaling=RopeScaling.from_config({"rope_type": kind, **raw}, length))
+        rope.frequencies()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return rope
+
+
+def read_kinds(f: Fields, window: int | None, default: list[str]) -> tuple[int | None, tuple[int, ...]]:
+    """(window, numbers of the layers without it) of ``layer_types``, of which ``default`` is what other fields say."""
+    kinds = f("layer_types", None) or default
+    if not set(kinds) <= set(KINDS) or len(kinds) != len(default):
+        raise ValueError(f"{f.where}: layer_types: expected {len(default)} of {list(KINDS)}, got {kinds}")
+    if KINDS[0] not in kinds:
+        return None, ()
+    if window is None:
+        raise ValueError(f"{f.where}: layer_types: expected a sliding_window for {KINDS[0]!r}, got None")
+    full = tuple(i for i, kind in enumerate(kinds) if kind == KINDS[1])
+    return window, full
+
+
+def write_kinds(layers: int, window: int | None, full: tuple[int, ...]) -> list[str]:
+    """``layer_types``."""
+    return [KINDS[window is None or i in full] for i in range(layers)]
 
 
 def short(x: float) -> float:
@@ -127,6 +172,7 @@ def write_rope(rope: Rope, head_dim: int) -> dict:
         ours = {"original_max_position_embeddings": "original_length"}
         names = ROPE_FIELDS[rope.scaling.kind]
         values = {n: getattr(rope.scaling, ours.get(n, n)) for n in names}
-        said = {k: short(v) if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        said = {k: [short(x) for x in v] if isinstance(v, tuple) else short(v) if isinstance(v, float) else v
+                for k, v in values.items() if v is not None}  # fmt: skip
         fields["rope_scaling"] = {"rope_type": rope.scaling.kind, **said}
     return fields

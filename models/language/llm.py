@@ -1,5 +1,5 @@
-"""A Llama-like language model: RMSNorm, rotary embeddings, grouped queries, SwiGLU; what Llama 2/3, Mistral, Qwen2 and
-Qwen3 differ in is the configuration's."""
+"""A Llama-like language model: RMSNorm, rotary embeddings, grouped queries, SwiGLU; what Llama 2/3, Mistral, Qwen2, Qwen3
+and Gemma differ in is the configuration's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxattn.core import mask as masks
 from jaxattn.core.rope import Rope
 from jaxattn.core.types import Array, Meta, contract, data, expect
 from jaxattn.nn import layers
-from jaxattn.nn.block import BlockConfig, make_stack
+from jaxattn.nn.block import BlockConfig, make_stack, norm
 from jaxattn.nn.partition import constrain
 from models import stack
 from models.bind import Bound, Program, bind_stack, subset
@@ -19,13 +19,17 @@ from models.bind import Bound, Program, bind_stack, subset
 
 @contract
 class LLMConfig:
-    """Static shape of a language model. ``length``: positions it is trained for (documentation and defaults)."""
+    """Static shape of a language model. ``length``: positions it is trained for (documentation and defaults).
+
+    embed_scale: factor on the embeddings that enter the stack.  cap: soft cap of the logits or None (Gemma)."""
 
     vocab: int
     layers: int
     block: BlockConfig
     tie: bool = True
     length: int = 2048
+    embed_scale: float = 1.0
+    cap: float | None = None
 
     def check(self):
         expect("vocab", self.vocab, "at least 2", self.vocab >= 2)
@@ -34,13 +38,13 @@ class LLMConfig:
 
 def config(vocab: int, layers: int, dim: int, heads: int, *, kv_heads: int | None = None, head_dim: int | None = None,
            hidden: int | None = None, base: float = 10000.0, tie: bool = True, length: int = 2048, rope: bool = True,
-           **block) -> LLMConfig:  # fmt: skip
+           embed_scale: float = 1.0, logit_cap: float | None = None, **block) -> LLMConfig:  # fmt: skip
     """An LLMConfig from the usual sizes; ``block`` takes every other field of BlockConfig (qk_norm, window, ...)."""
     head_dim = dim // heads if head_dim is None else head_dim
     turn = Rope(head_dim, base) if rope is True else rope or None
     hidden = -(-dim * 8 // 3 // 32) * 32 if hidden is None else hidden
     layer = BlockConfig(dim, heads, kv_heads or heads, head_dim, hidden, rope=turn, **block)
-    return LLMConfig(vocab, layers, layer, tie, length)
+    return LLMConfig(vocab, layers, layer, tie, length, embed_scale, logit_cap)
 
 
 class LLM(nnx.Module):
@@ -50,7 +54,7 @@ class LLM(nnx.Module):
         self.config = c
         self.embed = layers.Embed(c.vocab, c.block.dim, rngs=rngs)
         self.layers = make_stack(c.block, c.layers, rngs)
-        self.norm = layers.Norm(c.block.dim, kind=c.block.norm)
+        self.norm = layers.Norm(c.block.dim, kind=c.block.norm, offset=c.block.unit_offset)
         if not c.tie:
             self.head = layers.Dense(c.block.dim, c.vocab, rngs=rngs)
 
@@ -95,9 +99,9 @@ def record_meta(batch: dict) -> tuple[Meta, object]:
     return meta, masks.causal() & masks.same("segment")
 
 
-def embed(params: dict, tokens: Array, dtype=None) -> Array:
-    table = params["embed"]["embedding"]
-    x = jnp.take(table, tokens, axis=0)
+def embed(params: dict, c: LLMConfig, tokens: Array, dtype=None) -> Array:
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    x = x if c.embed_scale == 1 else x * jnp.asarray(c.embed_scale, x.dtype)
     return x if dtype is None else x.astype(dtype)
 
 
@@ -106,6 +110,7 @@ def head(params: dict, c: LLMConfig, x: Array) -> Array:
     kernel = params["embed"]["embedding"].T if c.tie else params["head"]["kernel"]
     acc = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=acc)
+    logits = logits if c.cap is None else c.cap * jnp.tanh(logits / c.cap)
     return constrain(logits, ("batch", "length", "vocab")) if x.ndim == 3 else logits
 
 
@@ -119,7 +124,7 @@ def forward(bound: Bound, tokens: Array, *, meta: Meta | None = None, mask=None,
     program, arrays, params = bound
     expect("tokens", f"shape {tokens.shape}", "[batch, tokens]", tokens.ndim == 2)
     meta = text_meta(tokens) if meta is None else meta
-    streams = stack.streams_of({"text": (embed(params, tokens, dtype), meta)})
+    streams = stack.streams_of({"text": (embed(params, program.config, tokens, dtype), meta)})
     return finish(bound, stack.run(params, program.stack("llm"), subset(arrays, "llm"), streams, phase=phase, mask=mask, **run),
                   logits=logits)  # fmt: skip
 
@@ -128,7 +133,7 @@ def finish(bound: Bound, out: stack.StackOut, *, logits: bool = True, params=Non
     """Final norm and head over the rows of a stack's result."""
     params = bound.params if params is None else params
     c = bound.program.config if c is None else c
-    hidden = layers.norm(params["norm"], out.streams.x, c.block.eps)
+    hidden = norm(params["norm"], c.block, out.streams.x)
     return LLMOut(head(params, c, hidden) if logits else None, hidden, out)
 
 

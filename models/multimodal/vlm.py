@@ -234,7 +234,7 @@ def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = No
     c: VLMConfig = program.config
     expect("tokens", f"shape {tokens.shape}", "[batch, tokens]", tokens.ndim == 2)
     meta = around_image(c, llm.text_meta(tokens), image_at) if meta is None else meta
-    text = llm.embed(params["llm"], tokens, dtype)
+    text = llm.embed(params["llm"], program.config.llm, tokens, dtype)
     if visual is None:
         visual = see(bound, image, prompt=(text, meta.valid), dtype=dtype, phase=phase, key=key)
     seen = visual.meta

@@ -13,6 +13,7 @@ from jaxattn import tokens as token_methods
 from jaxattn.core.types import Need, contract
 from models import by_layer, dense, llm, stack, vit, vlm
 from models.bind import Bound, subset
+from models.caches import MAX_CACHES
 from tests.models import reference
 from tests.models.small import (
     LENGTHS,
@@ -80,7 +81,7 @@ def test_caches_are_as_short_as_their_rows():
     assert caches() == [(0, 6, 16 + text)]
     assert caches(llm_3=8) == [(0, 3, 16 + text), (3, 6, 8 + text)]
     many = caches(llm_1=12, llm_2=8, llm_3=4, llm_4=2, llm_5=1)
-    assert len(many) == stack.MAX_CACHES and [a for a, _, _ in many] == [0] + [b for _, b, _ in many[:-1]]
+    assert len(many) == MAX_CACHES and [a for a, _, _ in many] == [0] + [b for _, b, _ in many[:-1]]
     assert many[-1][1] == 6 and many[0][2] == 16 + text
 
 

@@ -49,7 +49,7 @@ def forward(program, arrays, params, tokens, meta, phase):
 
 @partial(jax.jit, static_argnums=0)
 def step(program, arrays, params, token, meta, caches, states):
-    streams = stack.streams_of({"text": (llm.embed(params, token), meta)})
+    streams = stack.streams_of({"text": (llm.embed(params, program.config, token), meta)})
     out = stack.run(params, program.stack("llm"), subset(arrays, "llm"), streams, phase="decode", caches=caches,
                     states=states, step=1)  # fmt: skip
     bound = Bound(program, arrays, params)

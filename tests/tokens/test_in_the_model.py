@@ -15,7 +15,7 @@ from jaxattn.core.attend import make_call
 from jaxattn.core.types import Meta, Need, State
 from jaxattn.tokens.vflowopt import importance_need
 from models import evidence as ev
-from models import stack
+from models import caches, stack
 from models.bind import Bound
 from models.language import llm
 from models.multimodal import vlm
@@ -143,9 +143,9 @@ def test_renumbered_segments_keep_their_caches():
     rows = [np.zeros((1, B, 2, n, 4), np.float32) for n in (9, 8, 7, 6, 5)]
     shifts = [None, *(jnp.full(B, i) for i in range(1, 5))]
     apart = [stack.CacheStack(State(x), s, i, i + 1) for i, (x, s) in enumerate(zip(rows, shifts, strict=True))]
-    assert len(stack._join_caches(apart)) == 5
+    assert len(caches.join_caches(apart)) == 5
     alike = [c.replace(shift=None) for c in apart]
-    assert len(stack._join_caches(alike)) == stack.MAX_CACHES
+    assert len(caches.join_caches(alike)) == caches.MAX_CACHES
 
 
 def test_facts_follow_and_come_back():
