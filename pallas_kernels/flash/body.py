@@ -10,32 +10,47 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash import layout
+from pallas_kernels.flash import layout, lists
 from pallas_kernels.flash.layout import Plan
 from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.flash.xla import divide
+
+LEAST = 8  # keys of a unit; smaller ones become live ranges of larger ones
 
 
 class Body(NamedTuple):
     """A set of kernels over arranged operands: ``rows``, read by row block, and ``keys``, read by unit.
 
-    ``plan(o, opt)``; ``forward(p, opt, rows, keys, interpret)`` -> {out, lse}; ``query_gradient`` likewise -> {dq, d_row},
-    and ``key_gradient`` -> {dk, dv, d_key}, with "do" and "sums" (lse and delta) among the rows."""
+    ``plan(o, opt)``; ``forward(p, opt, rows, keys, interpret)`` -> {out, lse}; ``query_gradient`` likewise -> {dq, d_row,
+    d_weight}, ``key_gradient`` -> {dk, dv, d_key} and ``table_gradient`` -> {d_table}, with "do" and "sums" (lse and delta)
+    among the rows. Without the last one a body takes no tables and no weights; ``half``: it takes float16."""
 
     name: str
     plan: Callable
     forward: Callable
     query_gradient: Callable
     key_gradient: Callable
+    table_gradient: Callable | None = None
+    half: bool = False
+
+    @property
+    def takes(self) -> dict:
+        """What ``layout.unsupported`` has to know."""
+        return {"extras": self.table_gradient is not None, "half": self.half}
 
 
-def _split(arranged: dict) -> tuple[dict, dict]:
+def split(arranged: dict) -> tuple[dict, dict]:
     """Arranged operands as (by row block, by key unit)."""
     rows = {x: arranged[x] for x in ("lists", "q", "row_int", "row") if x in arranged}
-    return rows, {x: arranged[x] for x in ("k", "v", "key_int", "key") if x in arranged}
+    return rows, {x: arranged[x] for x in ("k", "v", "key_int", "key", "table") if x in arranged}
 
 
-def _folding(call, p: Plan, opt, interpret):
+def arrange(p: Plan, o: dict, opt) -> tuple[dict, dict]:
+    """Operands by row block and by key unit."""
+    return split(layout.arrange_floats(p, o, opt) | layout.arrange_ints(p, o, opt))
+
+
+def folding(call, p: Plan, opt, interpret):
     """f(rows, keys) = ``call(p, opt, rows, keys, interpret)``, under which vmap lengthens the batch: kernels that copy from
     unblocked arrays cannot be mapped otherwise."""
 
@@ -52,7 +67,7 @@ def _folding(call, p: Plan, opt, interpret):
             return jnp.broadcast_to(x, (size, p.b, *x.shape[2:])).reshape(size * p.b, *x.shape[2:])
 
         folded = (jax.tree.map(fold, side, where) for side, where in zip((rows, keys), mapped, strict=True))
-        found = _folding(call, dataclasses.replace(p, b=size * p.b), opt, interpret)(*folded)
+        found = folding(call, dataclasses.replace(p, b=size * p.b), opt, interpret)(*folded)
         return jax.tree.map(lambda x: x.reshape(size, p.b, *x.shape[1:]), found), jax.tree.map(lambda x: True, found)
 
     return f
@@ -62,7 +77,7 @@ def _folding(call, p: Plan, opt, interpret):
 def _flash(floats: dict, ints: dict, opt, body: Body, interpret):
     o = floats | ints
     p = body.plan(o, opt)
-    found = _folding(body.forward, p, opt, interpret)(*_split(layout.arrange_floats(p, o) | layout.arrange_ints(p, o)))
+    found = folding(body.forward, p, opt, interpret)(*arrange(p, o, opt))
     lse = layout.from_rows(p, jnp.swapaxes(found["lse"], 3, 4))[..., 0]
     return layout.from_rows(p, found["out"])[..., : p.dv], lse
 
@@ -76,19 +91,24 @@ def _bwd(opt, body, interpret, saved, cotangents):
     floats, ints, out, lse = saved
     d_out, d_lse = cotangents
     p = body.plan(floats | ints, opt)
-    arranged, pull = jax.vjp(lambda f: layout.arrange_floats(p, f | ints), floats)
-    rows, keys = _split(arranged | layout.arrange_ints(p, floats | ints))
+    arranged, pull = jax.vjp(lambda f: layout.arrange_floats(p, f | ints, opt), floats)
+    rows, keys = split(arranged | layout.arrange_ints(p, floats | ints, opt))
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
     sums = jnp.stack([jnp.where(jnp.isfinite(lse), lse, FAR), delta], -1)
     rows["do"] = layout.rows_of(p, d_out, p.dv_pad)
     rows["sums"] = jnp.swapaxes(layout.rows_of(p, sums, value=FAR), 3, 4)
-    found = _folding(body.query_gradient, p, opt, interpret)(rows, keys)
-    found |= _folding(body.key_gradient, p, opt, interpret)(rows, keys)
+    found = folding(body.query_gradient, p, opt, interpret)(rows, keys)
+    found |= folding(body.key_gradient, p, opt, interpret)(rows, keys)
     grads = {"q": found["dq"]} | {x: _with_spare(found["d" + x]) for x in ("k", "v")}
     if p.row:
         grads["row"] = _summed(found["d_row"], arranged["row"].shape)
     if p.key_floats:
         grads["key"] = _with_spare(_summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
+    if p.weighted:
+        grads["weight"] = _summed(found["d_weight"], arranged["weight"].shape)
+    if p.tabled:  # by a kernel of its own, which a program that asks for no such gradient does not contain
+        table = folding(body.table_gradient, p, opt, interpret)(rows, keys)["d_table"]
+        grads["table"] = _summed(table, arranged["table"].shape).astype(arranged["table"].dtype)
     return pull(grads)[0], None
 
 
@@ -107,6 +127,8 @@ _flash.defvjp(_fwd, _bwd)
 
 
 def run(body: Body, o: dict, opt, interpret):
-    if (why := layout.unsupported(o, opt)) is not None:
+    if (why := layout.unsupported(o, opt, **body.takes)) is not None:
         raise ValueError(f"implementation: {body.name!r} does not support {why}")
+    o, unit = lists.coarser(o, opt, LEAST)
+    opt = dataclasses.replace(opt, unit=unit)
     return _flash(*divide(o), opt, body, interpret)

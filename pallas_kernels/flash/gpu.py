@@ -27,7 +27,7 @@ KEYS = {(0, 0): (64, 64), (1, 0): (32, 64), (0, 1): (32, 32), (1, 1): (16, 32)}
 MOST = 128, 64  # of all of these
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -35,17 +35,17 @@ def _kind(p: Plan) -> tuple[int, int]:
     return int(max(p.d_pad, p.dv_pad) > 128), int(p.float32)
 
 
-def _sizes(p: Plan, table: dict) -> tuple[int, int]:
+def sizes(p: Plan, table: dict) -> tuple[int, int]:
     rows, keys = table[_kind(p)]
-    return min(rows, _power(p.rows)), min(keys, _power(p.unit_rows))
+    return min(rows, power(p.rows)), min(keys, power(p.unit_rows))
 
 
 def _plan(o: dict, opt) -> Plan:
     def whole(most):
-        return lambda n: ceil_to(n, min(most, _power(n)))
+        return lambda n: ceil_to(n, min(most, power(n)))
 
     rows, keys = (whole(most) for most in MOST)
-    return layout.plan(o, opt, rows=MOST[0], keys=1, pad_rows=rows, pad_unit=keys, pad_lanes=keys, pad_width=_power)
+    return layout.plan(o, opt, rows=MOST[0], keys=1, pad_rows=rows, pad_unit=keys, pad_lanes=keys, pad_width=power)
 
 
 def _facts(names, ref, place, start, size: int, axis: int):
@@ -54,7 +54,7 @@ def _facts(names, ref, place, start, size: int, axis: int):
     return {x: ref[*place, i, pl.ds(start, size)].reshape(shape) for i, x in enumerate(names)}
 
 
-def _row_sides(p: Plan, r: dict, b, h, tile, start, size: int, axis: int):
+def row_sides(p: Plan, r: dict, b, h, tile, start, size: int, axis: int):
     """(int, float) facts of some rows of a row block."""
     sides = []
     for name, facts in (("row_int", p.query_fields), ("row", p.row)):
@@ -62,7 +62,7 @@ def _row_sides(p: Plan, r: dict, b, h, tile, start, size: int, axis: int):
     return sides
 
 
-def _key_sides(p: Plan, r: dict, b, h, unit, start, size: int, axis: int):
+def key_sides(p: Plan, r: dict, b, h, unit, start, size: int, axis: int):
     """(ints, floats, valid) of some keys of a unit."""
     place = (*at(p, r["key_int"], b, h), unit)
     ints = _facts(("+valid", *p.query_fields), r["key_int"], place, start, size, axis)
@@ -73,7 +73,7 @@ def _key_sides(p: Plan, r: dict, b, h, unit, start, size: int, axis: int):
     return ints, floats, valid
 
 
-def _over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry):
+def over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry):
     """Fold ``body(k, v, (key ints, floats, valid), carry)`` over the parts of the units in a list."""
     lists = r["lists"]
     place = (*at(p, lists, b, h), tile, 0)
@@ -85,7 +85,7 @@ def _over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry):
         start = lax.rem(j, parts) * size
         unit = lists[*place, 1 + entry]
         k, v = (r[x][*at(p, r[x], b, h), unit, pl.ds(start, size), :] for x in ("k", "v"))
-        ints, floats, valid = _key_sides(p, r, b, h, unit, start, size, 1)
+        ints, floats, valid = key_sides(p, r, b, h, unit, start, size, 1)
         if p.bounded:
             lo, hi = (lists[*place, 1 + i * length + entry] - start for i in (1, 2))
             valid = valid * inside(lo, hi, valid.shape, 1)
@@ -94,7 +94,27 @@ def _over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry):
     return lax.fori_loop(0, lists[*place, 0] * parts, step, carry)
 
 
-def _where(p: Plan, size: int):
+def over_rows(p: Plan, r: dict, b, h, unit, start, size: int, body, carry):
+    """Fold ``body(tile, first, limits, carry)`` over the row blocks that list ``unit``, ``size`` rows from ``first`` on at
+    a time; ``limits``: (start, stop) of the unit's live range, counted from its key ``start``, or None."""
+    chunks, offsets = (r[x] for x in ("chunks", "offsets"))
+    place, here = at(p, offsets, b, h), at(p, chunks, b, h)
+    pieces = p.rows // size
+
+    def step(j, carry):
+        e = lax.div(j, pieces)
+        held = (*here, lax.div(e, CHUNK))
+        tile = chunks[*held, 0, lax.rem(e, CHUNK)]
+        limits = None
+        if p.bounded:
+            limits = tuple(chunks[*held, i, lax.rem(e, CHUNK)] - start for i in (1, 2))
+        return body(tile, lax.rem(j, pieces) * size, limits, carry)
+
+    first, last = (offsets[*place, 0, 0, unit + i] * pieces for i in (0, 1))
+    return lax.fori_loop(first, last, step, carry)
+
+
+def program_rows(p: Plan, size: int):
     """(batch, row block, tile, first row) of this program; the grid is (tiles x parts of a block, row blocks, batch)."""
     parts = p.rows // size
     i = pl.program_id(0)
@@ -103,11 +123,11 @@ def _where(p: Plan, size: int):
 
 def _forward_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = _sizes(p, FORWARD)
-    b, h, tile, start = _where(p, size)
+    size, keys = sizes(p, FORWARD)
+    b, h, tile, start = program_rows(p, size)
     rows = pl.ds(start, size)
     q = r["q"][b, h, tile, rows, :]
-    row_int, row = _row_sides(p, r, b, h, tile, start, size, 0)
+    row_int, row = row_sides(p, r, b, h, tile, start, size, 0)
 
     def body(k, v, sides, carry):
         top, mass, total = carry
@@ -126,7 +146,7 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
     init = jnp.full((size,), -jnp.inf), jnp.zeros((size,)), jnp.zeros((size, p.dv_pad))
     init = jax.tree.map(lambda x: x.astype(jnp.float32), init)
-    top, mass, total = _over_units(p, r, b, h, tile, keys, body, init)
+    top, mass, total = over_units(p, r, b, h, tile, keys, body, init)
     if opt.normalizer == "none":
         lse = jnp.zeros_like(mass)
     else:
@@ -140,12 +160,12 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
 def _query_gradient_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = _sizes(p, QUERIES)
-    b, h, tile, start = _where(p, size)
+    size, keys = sizes(p, QUERIES)
+    b, h, tile, start = program_rows(p, size)
     rows = pl.ds(start, size)
     q, do = r["q"][b, h, tile, rows, :], r["do"][b, h, tile, rows, :]
     lse, delta = (r["sums"][b, h, tile, i, rows][:, None] for i in (0, 1))
-    row_int, row = _row_sides(p, r, b, h, tile, start, size, 0)
+    row_int, row = row_sides(p, r, b, h, tile, start, size, 0)
 
     def body(k, v, sides, carry):
         dq, d_row = carry
@@ -156,7 +176,7 @@ def _query_gradient_kernel(p: Plan, opt, names, *refs):
         return dq + dot(ds.astype(k.dtype), k, NN), jax.tree.map(jnp.add, d_row, more)
 
     init = jnp.zeros((size, p.d_pad), jnp.float32), {x: jnp.zeros((size, 1), jnp.float32) for x in p.row}
-    dq, d_row = _over_units(p, r, b, h, tile, keys, body, init)
+    dq, d_row = over_units(p, r, b, h, tile, keys, body, init)
     r["dq"][b, h, tile, rows, :] = dq.astype(r["dq"].dtype)
     for i, x in enumerate(p.row):
         r["d_row"][b, h, tile, i, rows] = d_row[x].reshape(size)
@@ -164,33 +184,24 @@ def _query_gradient_kernel(p: Plan, opt, names, *refs):
 
 def _key_gradient_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = _sizes(p, KEYS)
+    size, keys = sizes(p, KEYS)
     cut = p.unit_rows // keys
     b, g, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
     unit, start = lax.div(i, cut), lax.rem(i, cut) * keys
     k, v = (r[x][b, g, unit, pl.ds(start, keys), :] for x in ("k", "v"))
-    pieces, blocks = p.rows // size, p.blocks // p.g
+    blocks = p.blocks // p.g
 
     def over_block(part, carry):
         h = g * blocks + part
-        key_int, key, valid = _key_sides(p, r, b, h, unit, start, keys, 0)
-        chunks, offsets = (r[x] for x in ("chunks", "offsets"))
-        place, here = at(p, offsets, b, h), at(p, chunks, b, h)
+        key_int, key, valid = key_sides(p, r, b, h, unit, start, keys, 0)
 
-        def step(j, carry):
+        def body(tile, first, limits, carry):
             dk, dv, d_key = carry
-            e = lax.div(j, pieces)
-            first = lax.rem(j, pieces) * size
             rows = pl.ds(first, size)
-            held = (*here, lax.div(e, CHUNK))
-            tile = chunks[*held, 0, lax.rem(e, CHUNK)]
             q, do = r["q"][b, h, tile, rows, :], r["do"][b, h, tile, rows, :]
             lse, delta = (r["sums"][b, h, tile, i, rows][None, :] for i in (0, 1))
-            row_int, row = _row_sides(p, r, b, h, tile, first, size, 1)
-            live = valid
-            if p.bounded:
-                lo, hi = (chunks[*held, i, lax.rem(e, CHUNK)] - start for i in (1, 2))
-                live = live * inside(lo, hi, valid.shape, 0)
+            row_int, row = row_sides(p, r, b, h, tile, first, size, 1)
+            live = valid * inside(*limits, valid.shape, 0) if p.bounded else valid
             s, dp = dot(k, q, NT), dot(v, do, NT)  # keys by queries
             ok = visible(opt, s.shape, live, row_int, key_int)
             prob, ds, _, more = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
@@ -198,8 +209,7 @@ def _key_gradient_kernel(p: Plan, opt, names, *refs):
             return dk + dot(ds.astype(q.dtype), q, NN), dv, jax.tree.map(jnp.add, d_key, more)
 
         d_key = {x: jnp.zeros((keys, 1), jnp.float32) for x in p.key_floats}
-        first, last = (offsets[*place, 0, 0, unit + i] * pieces for i in (0, 1))
-        dk, dv, d_key = lax.fori_loop(first, last, step, (*carry, d_key))
+        dk, dv, d_key = over_rows(p, r, b, h, unit, start, size, body, (*carry, d_key))
         for i, x in enumerate(p.key_floats):
             r["d_key"][b, h, unit, i, pl.ds(start, keys)] = d_key[x].reshape(keys)
         return dk, dv
@@ -233,7 +243,7 @@ def _shape(dtype, *size):
 def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
     block = (p.b, p.blocks, p.tiles)
     outs = {"out": _shape(keys["v"].dtype, *block, p.rows, p.dv_pad), "lse": _shape(jnp.float32, *block, 1, p.rows)}
-    grid = (p.tiles * (p.rows // _sizes(p, FORWARD)[0]), p.blocks, p.b)
+    grid = (p.tiles * (p.rows // sizes(p, FORWARD)[0]), p.blocks, p.b)
     return _call(p, opt, _forward_kernel, rows | keys, outs, grid, "flash_forward", interpret)
 
 
@@ -242,7 +252,7 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     outs = {"dq": _shape(rows["q"].dtype, *block, p.rows, p.d_pad)}
     if p.row:
         outs["d_row"] = _shape(jnp.float32, *block, len(p.row), p.rows)
-    grid = (p.tiles * (p.rows // _sizes(p, QUERIES)[0]), p.blocks, p.b)
+    grid = (p.tiles * (p.rows // sizes(p, QUERIES)[0]), p.blocks, p.b)
     return _call(p, opt, _query_gradient_kernel, rows | keys, outs, grid, "flash_query_gradient", interpret)
 
 
@@ -253,7 +263,7 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     outs = {"dk": _shape(keys["k"].dtype, *unit, p.d_pad), "dv": _shape(keys["v"].dtype, *unit, p.dv_pad)}
     if p.key_floats:
         outs["d_key"] = _shape(jnp.float32, p.b, p.blocks, p.units, len(p.key_floats), p.unit_lanes)
-    grid = (p.units * (p.unit_rows // _sizes(p, KEYS)[1]), p.g, p.b)
+    grid = (p.units * (p.unit_rows // sizes(p, KEYS)[1]), p.g, p.b)
     return _call(p, opt, _key_gradient_kernel, operands, outs, grid, "flash_key_gradient", interpret)
 
 

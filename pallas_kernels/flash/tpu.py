@@ -19,7 +19,7 @@ VMEM_LIMIT = 48 * 2**20  # of 64 MiB on the smallest of the chips compiled for
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
-def _block(p: Plan, x, place, memory=pltpu.VMEM):
+def block_spec(p: Plan, x, place, memory=pltpu.VMEM):
     """One block per step of a grid for an array [b, heads, blocks, ...]; ``place(*grid)`` -> (batch, row block, block)."""
 
     def index(*step):
@@ -29,24 +29,24 @@ def _block(p: Plan, x, place, memory=pltpu.VMEM):
     return pl.BlockSpec((None, None, None, *x.shape[3:]), index, memory_space=memory)
 
 
-def _params(order):
+def params(order):
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_LIMIT)
 
 
-def _by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: dict, name: str, interpret):
+def by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: dict, name: str, interpret):
     """Call a kernel whose grid is (batch, row blocks, query tiles); ``rows``: arrays read by block, ``keys``: by unit."""
     tile = lambda *step: step  # noqa: E731
     streamed, buffers = tpu_kernels.key_buffers(p, keys)
     names = [*rows, *keys, *outs, *scratch, *("+" + x for x in streamed), "sem"]
-    specs = [_block(p, x, tile, pltpu.SMEM if n == "lists" else pltpu.VMEM) for n, x in rows.items()]
+    specs = [block_spec(p, x, tile, pltpu.SMEM if n == "lists" else pltpu.VMEM) for n, x in rows.items()]
     found = pl.pallas_call(
         functools.partial(kernel, p, opt, tuple(names), tuple(streamed)),
         grid=(p.b, p.blocks, p.tiles),
         in_specs=specs + [ANYWHERE] * len(keys),
-        out_specs=[_block(p, x, tile) for x in outs.values()],
+        out_specs=[block_spec(p, x, tile) for x in outs.values()],
         out_shape=list(outs.values()),
         scratch_shapes=[*scratch.values(), *buffers],
-        compiler_params=_params(("parallel", "parallel", "arbitrary")),
+        compiler_params=params(("parallel", "parallel", "arbitrary")),
         name=name,
         interpret=interpret,
     )(*rows.values(), *(keys[x] for x in keys))
@@ -60,7 +60,7 @@ def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
         "lse": jax.ShapeDtypeStruct((*grid, 1, p.rows), jnp.float32),
     }
     scratch = {x: pltpu.VMEM((p.rows, w), jnp.float32) for x, w in (("top", LANES), ("mass", LANES), ("total", p.dv_pad))}
-    return _by_tile(p, opt, tpu_kernels.forward_kernel, rows, keys, outs, scratch, "flash_forward", interpret)
+    return by_tile(p, opt, tpu_kernels.forward_kernel, rows, keys, outs, scratch, "flash_forward", interpret)
 
 
 def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
@@ -70,7 +70,7 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     if p.row:
         outs["d_row"] = jax.ShapeDtypeStruct((*grid, len(p.row), p.rows), jnp.float32)
         scratch["row_total"] = pltpu.VMEM((len(p.row), p.rows, LANES), jnp.float32)
-    return _by_tile(p, opt, tpu_kernels.query_gradient_kernel, rows, keys, outs, scratch, "flash_query_gradient", interpret)
+    return by_tile(p, opt, tpu_kernels.query_gradient_kernel, rows, keys, outs, scratch, "flash_query_gradient", interpret)
 
 
 def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
@@ -97,20 +97,18 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
         facts = len(p.key_floats)
         outs["d_key"] = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, facts, p.unit_lanes), jnp.float32)
         scratch["key_total"] = pltpu.VMEM((facts, p.unit_lanes, LANES), jnp.float32)
-    buffers = {"+" + x: pltpu.VMEM((2, *a.shape[3:]), a.dtype) for x, a in streamed.items()}
-    buffers |= {"+chunks": pltpu.SMEM((2, *chunks.shape[3:]), jnp.int32)}
-    buffers |= {"sem": pltpu.SemaphoreType.DMA((2,)), "chunk_sem": pltpu.SemaphoreType.DMA}
+    buffers = tpu_kernels.row_buffers(streamed, chunks)
     names = ["offsets", *keys, "chunks", *streamed, *outs, *scratch, *buffers]
     found = pl.pallas_call(
         functools.partial(tpu_kernels.key_gradient_kernel, p, opt, tuple(names), tuple(streamed)),
         grid=(*head, parts),
-        in_specs=[_block(p, offsets, whole, pltpu.SMEM)]
-        + [_block(p, x, unit) for x in keys.values()]
+        in_specs=[block_spec(p, offsets, whole, pltpu.SMEM)]
+        + [block_spec(p, x, unit) for x in keys.values()]
         + [ANYWHERE] * (1 + len(streamed)),
-        out_specs=[_block(p, x, unit) for x in outs.values()],
+        out_specs=[block_spec(p, x, unit) for x in outs.values()],
         out_shape=list(outs.values()),
         scratch_shapes=[*scratch.values(), *buffers.values()],
-        compiler_params=_params(("parallel", "parallel", "arbitrary", "arbitrary")),
+        compiler_params=params(("parallel", "parallel", "arbitrary", "arbitrary")),
         name="flash_key_gradient",
         interpret=interpret,
     )(offsets, *keys.values(), chunks, *streamed.values())

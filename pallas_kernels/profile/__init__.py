@@ -8,35 +8,65 @@ that row i sees it returns
 
 Rows whose lse is -inf contribute 0. Gradients flow to every float operand, lse and weights, from both outputs.
 
-``diagonals(q, k, lse, scale)`` is the causal profile of the last rows: q [B, R, H, D] are the queries of the last R of
+``profile(operands, options, weights)`` needs no lse: one call of two passes, rows' log mass and then columns.
+
+``diagonals(q, k, scale=...)`` is the causal profile of the last rows: q [B, R, H, D] are the queries of the last R of
 the M keys k [B, M, G, D]. It returns per key the sum of p over the R rows (vertical [B, H, M]) and the sums of p along
 diagonals (slash [B, H, M]; index M - 1 is the main diagonal, M - 1 - s the one s keys further back).
+
+Implementations: "reference" (the full table), "xla", "tpu" and "gpu" (Pallas kernels that take what flash's do; their
+derivatives are the streaming passes of "xla").
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 
+from pallas_kernels._dispatch import choose
+from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.profile import reference, xla
 
-REDUCE = {"reference": reference.reduce, "xla": xla.reduce}
-DIAGONALS = {"reference": reference.diagonals, "xla": xla.diagonals}
+
+def _tpu(name: str):
+    def body(*args):
+        from pallas_kernels.profile import tpu  # on first use: loading Pallas takes longer than most programs' imports
+
+        return getattr(tpu, name)(*args)
+
+    return body
 
 
-def _choose(table: dict, implementation: str | None):
-    implementation = "xla" if implementation is None else implementation
-    if implementation not in table:
-        raise ValueError(f"implementation: expected None or one of {sorted(table)}, got {implementation!r}")
-    return table[implementation]
+def _gpu(name: str):
+    def body(*args):
+        from pallas_kernels.profile import gpu
+
+        return getattr(gpu, name)(*args)
+
+    return body
+
+
+def _bodies(name: str) -> dict:
+    return {"reference": getattr(reference, name), "xla": getattr(xla, name), "tpu": _tpu(name), "gpu": _gpu(name)}
+
+
+# Bodies that a call without a name may use; an accelerator's joins once it has been measured on a device.
+MEASURED = frozenset({"xla"})
+REDUCE, PROFILE, DIAGONALS = (_bodies(name) for name in ("reduce", "profile", "diagonals"))
+
+
+def _refusal(operands: dict, options, name: str) -> str | None:
+    from pallas_kernels.flash import layout
+
+    return layout.unsupported(operands | {"v": operands["k"][..., :0]}, options)
 
 
 def reduce(operands: dict, options, lse, weights, implementation: str | None = None):
     """(columns [B, H, M], logits [B, N, H]); see the module's docstring."""
-    # exp(s - -inf) must not be formed: such rows get a finite stand-in and no weight, in values and gradients
-    some = jnp.isfinite(lse)
-    columns, logits = _choose(REDUCE, implementation)(
-        operands, options, jnp.where(some, lse, 0.0), jnp.where(some, weights, 0.0)
-    )
+    body = choose(REDUCE, MEASURED, implementation, functools.partial(_refusal, operands, options))
+    some = jnp.isfinite(lse)  # exp(s - -inf) must not be formed, in values or gradients
+    columns, logits = body(operands, options, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0))
     return columns, jnp.where(some, logits, 0.0)
 
 
@@ -50,6 +80,30 @@ def mean_logits(operands: dict, options, lse, implementation: str | None = None)
     return reduce(operands, options, lse, jnp.zeros_like(lse), implementation)[1]
 
 
-def diagonals(q, k, lse, scale: float, implementation: str | None = None):
-    """(vertical [B, H, M], slash [B, H, M]); see the module's docstring."""
-    return _choose(DIAGONALS, implementation)(q, k, lse, scale)
+def profile(operands: dict, options, weights, implementation: str | None = None):
+    """(columns [B, H, M], lse [B, N, H]) of the operands alone: sum_i weights_i softmax_j(s_ij), and the rows' log mass
+    (-inf for rows that see nothing, which count nowhere)."""
+    body = choose(PROFILE, MEASURED, implementation, functools.partial(_refusal, operands, options))
+    return body(operands, options, weights)
+
+
+def diagonals(q, k, lse=None, scale: float | None = None, implementation: str | None = None):
+    """(vertical [B, H, M], slash [B, H, M]); see the module's docstring. ``lse``: the rows' log mass [B, R, H] where it is
+    known, or where the softmax is over more than these keys. ``scale``: of the logits, default D ** -0.5."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def refusal(name: str) -> str | None:
+        for x, a in (("q", q), ("k", k)):
+            if a.dtype not in (jnp.float32, jnp.bfloat16) or a.dtype != q.dtype:
+                return f"{x} of {a.dtype}: expected float32 or bfloat16, the same for q and k"
+        if q.shape[3] > 256:
+            return f"a head size of {q.shape[3]}: expected at most 256"
+        return f"{q.shape[1]} last rows: expected at most 512" if q.shape[1] > 512 else None
+
+    body = choose(DIAGONALS, MEASURED, implementation, refusal)
+    if lse is not None:
+        lse = jnp.where(jnp.isfinite(lse), lse, FAR)
+    return body(q, k, lse, scale)
+
+
+__all__ = ["MEASURED", "column_sums", "diagonals", "mean_logits", "profile", "reduce"]

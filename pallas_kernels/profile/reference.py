@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash.reference import logits
+from pallas_kernels.flash.pairs import FAR
+from pallas_kernels.flash.reference import flash, logits
 
 
 def reduce(o: dict, opt, lse, weights):
@@ -14,12 +16,20 @@ def reduce(o: dict, opt, lse, weights):
     return jnp.einsum("bhnm,bnh->bhm", p, weights.astype(p.dtype)), jnp.einsum("bhnm,bhnm->bnh", p, s)
 
 
+def profile(o: dict, opt, weights):
+    lse = flash(o | {"v": o["k"][..., :0]}, opt)[1]
+    some = lse > -jnp.inf
+    return reduce(o, opt, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0))[0], lse
+
+
 def diagonals(q, k, lse, scale: float):
     (r, h), (m, g) = q.shape[1:3], k.shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     s = jnp.einsum("brhd,bmhd->bhrm", q.astype(acc), jnp.repeat(k, h // g, axis=2).astype(acc)) * scale
     i, j = jnp.arange(r)[:, None], jnp.arange(m)[None, :]
     back = (m - r + i) - j  # how many keys back; negative is the future
+    if lse is None:
+        lse = jnp.moveaxis(jax.nn.logsumexp(jnp.where(back >= 0, s, -jnp.inf), -1), 1, 2)
     p = jnp.where(back >= 0, jnp.exp(s - jnp.moveaxis(lse, 2, 1)[..., None]), 0.0)
     target = jnp.where(back >= 0, m - 1 - back, m)
     slash = jnp.zeros((*p.shape[:2], m + 1), acc).at[:, :, target].add(p)[..., :m]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash import xla as tiles
+from pallas_kernels.flash.pairs import FAR
 
 # ----------------------------------------------------------------------------------------------------------- reduce
 
@@ -52,17 +53,18 @@ def _forward(o: dict, opt, lse, weights):
     return columns.reshape(b, h, -1)[..., :m], tiles._unarrange(total, b, n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _reduce(floats: dict, ints: dict, opt, lse, weights):
-    return _forward(floats | ints, opt, lse, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def differentiable(floats: dict, ints: dict, opt, forward, lse, weights):
+    """``forward(operands, options, lse, weights)`` with the derivative of ``reduce``."""
+    return forward(floats | ints, opt, lse, weights)
 
 
-def _fwd(floats, ints, opt, lse, weights):
-    columns, total = _forward(floats | ints, opt, lse, weights)
+def _fwd(floats, ints, opt, forward, lse, weights):
+    columns, total = forward(floats | ints, opt, lse, weights)
     return (columns, total), (floats, ints, lse, weights, total)
 
 
-def _bwd(opt, saved, cotangents):
+def _bwd(opt, forward, saved, cotangents):
     floats, ints, lse, weights, total = saved
     d_columns, d_total = cotangents
     o = floats | ints
@@ -84,13 +86,28 @@ def _bwd(opt, saved, cotangents):
     return d_floats, None, d_lse.astype(lse.dtype), d_weights.astype(weights.dtype)
 
 
-_reduce.defvjp(_fwd, _bwd)
+differentiable.defvjp(_fwd, _bwd)
+
+
+def without_values(o: dict) -> dict:
+    """The tile machinery fetches values; here they have no columns."""
+    return o | {"v": o["k"][..., :0]}
 
 
 def reduce(o: dict, opt, lse, weights):
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
-    o = o | {"v": o["k"][..., :0]}  # the tile machinery fetches values; here they have no columns
-    return _reduce(*tiles.divide(o), opt, lse.astype(acc), weights.astype(acc))
+    return differentiable(*tiles.divide(without_values(o)), opt, _forward, lse.astype(acc), weights.astype(acc))
+
+
+def log_mass(o: dict, opt):
+    """[B, N, H] log of the mass of each row's keys."""
+    return tiles.flash(without_values(o), opt)[1]
+
+
+def profile(o: dict, opt, weights):
+    lse = log_mass(o, opt)
+    some = jnp.isfinite(lse)
+    return reduce(o, opt, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0))[0], lse
 
 
 # -------------------------------------------------------------------------------------------------------- diagonals
@@ -100,24 +117,43 @@ def diagonals(q, k, lse, scale: float, unit: int = 512):
     (b, r, h, d), (m, g) = q.shape, k.shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     u = max(unit, r)  # then a tile's diagonals reach into the next tile only
-    q, lse = q.reshape(b, r, g, h // g, d), jnp.moveaxis(lse, 2, 1)[..., None]
-    some = jnp.isfinite(lse)
+    q = q.reshape(b, r, g, h // g, d)
     n_tiles = -(-m // u)
     k = jnp.moveaxis(jnp.pad(k, ((0, 0), (0, n_tiles * u - m), (0, 0), (0, 0))).reshape(b, n_tiles, u, g, d), 1, 0)
+    tiles_of_keys = k, jnp.arange(n_tiles) * u
+
+    def logits(x):
+        k, start = x
+        s = jnp.einsum("brgcd,bugd->bgcru", q, k, preferred_element_type=acc).reshape(b, h, r, u) * scale
+        return jnp.where(start + jnp.arange(u) <= m - r + jnp.arange(r)[:, None], s, -jnp.inf)
+
+    if lse is None:
+        # A tile's log mass per row: the first tile has a key for every row, so the sum over tiles is finite.
+        mass = jax.checkpoint(lambda _, x: (None, _log_mass(logits(x))))
+        lse = jax.nn.logsumexp(lax.scan(mass, None, tiles_of_keys)[1], 0)[..., None]
+    else:
+        lse = jnp.moveaxis(lse, 2, 1)[..., None]
 
     @jax.checkpoint  # a tile's probabilities are made again in reverse mode, not kept
     def tile(_, x):
-        k, start = x
-        s = jnp.einsum("brgcd,bugd->bgcru", q, k, preferred_element_type=acc).reshape(b, h, r, u) * scale
-        seen = start + jnp.arange(u) <= m - r + jnp.arange(r)[:, None]
-        s = jnp.where(seen & some, s, -jnp.inf)
-        p = jnp.exp(s - jnp.where(some, lse, 0.0))
+        p = jnp.exp(logits(x) - lse)
         # Row r-1-i moves i to the right: rows of width u + r read again with one element less per row.
         skew = jnp.pad(p[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, r))).reshape(b, h, -1)
         skew = skew[..., : r * (u + r - 1)].reshape(b, h, r, u + r - 1).sum(2)
         return None, (p.sum(2), jnp.pad(skew, ((0, 0), (0, 0), (0, u - r + 1))))
 
-    _, (vertical, slash) = lax.scan(tile, None, (k, jnp.arange(n_tiles) * u))
+    _, (vertical, slash) = lax.scan(tile, None, tiles_of_keys)
     flat = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, h, -1)[..., :m]  # noqa: E731
-    slash = slash[..., :u].at[1:].add(slash[:-1, ..., u:])  # what each tile pushed past its end
-    return flat(vertical), flat(slash)
+    return flat(vertical), flat(overlapped(slash, u))
+
+
+def _log_mass(s):
+    """log sum exp over the last axis, -inf (and no gradient) where all of it is -inf."""
+    some = s.max(-1) > -jnp.inf
+    return jnp.where(some, jax.nn.logsumexp(jnp.where(some[..., None], s, 0.0), -1), -jnp.inf)
+
+
+def overlapped(x, u: int):
+    """[tiles, ..., W] sums of tiles that start ``u`` apart and reach W - u <= u into the next: [tiles, ..., u]."""
+    more = jnp.pad(x[:-1, ..., u:], [(0, 0)] * (x.ndim - 1) + [(0, 2 * u - x.shape[-1])])
+    return x[..., :u].at[1:].add(more)
