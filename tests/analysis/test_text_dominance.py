@@ -1,6 +1,5 @@
 """Text dominance: the identities of the definition, and the figures of a bound model against its maps."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def test_groups_of_layers():
 def test_figures_of_a_model():
     """From a bound model's evidence, with and without FasterVLM's compression: the same as from masses per group."""
     config = vlm.VLMConfig(vit.config(24, 4, 4, 16, 2, hidden=16), llm.tiny(vocab=24, layers=3, dim=16, hidden=16), 16)
-    params = jax.tree.map(lambda x: 3 * x, vlm.init(config))
+    params = vlm.init(config)
     image = RNG.uniform(size=(2, 24, 24, 3)).astype(np.float32)
     prompt = RNG.integers(1, 24, (2, 6)).astype(np.int32)
     record, found = text_dominance(3, rows=2), []
@@ -69,5 +68,5 @@ def test_figures_of_a_model():
         want = mass[:, a:b].mean(-1) / mass[:, :a].mean(-1)
         np.testing.assert_allclose(figures["mdi"][:, 1], want, rtol=1e-5)
         found.append(np.asarray(figures["mdi"]))
-    # With weights at random attention is close to even, so that MDI is near 1 however many tokens there are.
-    assert np.abs(np.log(found[0])).max() < 1.5 and np.abs(np.log(found[1])).max() < 1.5 and not np.allclose(*found)
+    # With fresh weights attention is close to even, so that MDI is near 1 however many tokens there are.
+    assert all(np.abs(np.log(x)).max() < 0.5 for x in found) and not np.allclose(*found)
