@@ -79,7 +79,7 @@ def _gemma(f: Fields, every: int, **rest) -> llm.LLMConfig:
     """What both Gemmas share; ``every``: each layer of that number has no window."""
     f.only("attention_bias", False)
     f.only("use_bidirectional_attention", False)
-    f.inert("hidden_act")  # ``hidden_activation`` is read
+    f.inert("hidden_act", "_sliding_window_pattern")  # ``hidden_activation`` and ``layer_types`` are read
     window = f("sliding_window", None)
     kinds = [KINDS[(i + 1) % every == 0] for i in range(f.size("num_hidden_layers"))]
     window, full = read_kinds(f, window, kinds)
