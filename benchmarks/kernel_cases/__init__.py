@@ -28,6 +28,8 @@ class Sizes:
     entries: int = 64
     """Units in a list."""
     lists: Literal["shared", "kv heads", "query heads"] = "kv heads"
+    decay: Literal["none", "head", "token", "channel"] = "token"
+    """What a recurrence decays by."""
 
 
 def names() -> tuple[str, ...]:

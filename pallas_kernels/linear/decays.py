@@ -1,0 +1,139 @@
+"""Sums of log-decays over the tokens between two others, for one chunk, in the operations every backend has.
+
+A weight between token s and a later token t is exp of the decays of s+1 .. t. With one decay per token that is a table
+[C, C] of differences. With one per channel the table would be [C, C, F]; instead the pairs are divided by the smallest
+aligned block of 2b tokens that holds both: t lies in its second half, s in its first, and the sum falls apart at the
+middle into a part of t and a part of s. log2(C) products of matrices cover all pairs, and nothing is ever subtracted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash.pairs import NN, NT, dot
+
+
+def running(d, axis: int):
+    """(whole, rest): inclusive running sums of log-decays along ``axis`` in two parts that are to be subtracted apart.
+
+    Sums of integers are exact, so a strong decay inside a chunk costs its neighbours no precision."""
+    whole = jnp.round(d)
+    return lax.stop_gradient(jnp.cumsum(whole, axis)), jnp.cumsum(d - lax.stop_gradient(whole), axis)
+
+
+def index(shape, axis: int):
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def pairs(size: int, b: int, later: int = 0):
+    """bool [size, size]: pairs that part in blocks of ``b``; b = 0 is each token with itself. ``later``: the axis of t."""
+    t, s = index((size, size), later), index((size, size), 1 - later)
+    apart = t ^ s
+    if b == 0:
+        return apart == 0
+    return (apart >= b) & (apart < 2 * b) & (t > s)
+
+
+def blocks(d, swap):
+    """Yields (b, before, after) for b = 1, 2, 4, ..., C, all of [C, F] like d: the sum of d from the first token of the
+    aligned block of b tokens to this one, and from behind this one to the block's last. ``swap(x, b)`` gives each row
+    what the rows of its block's sibling hold, x being the same throughout a block."""
+    size = d.shape[0]
+    before, after, b = d, jnp.zeros_like(d), 1
+    yield b, before, after
+    while b < size:
+        other = swap(before + after, b)
+        second = second_half(d.shape, b)
+        before, after = before + jnp.where(second, other, 0.0), after + jnp.where(second, 0.0, other)
+        b *= 2
+        yield b, before, after
+
+
+def second_half(shape, b: int):
+    """bool: rows in the second half of their block of 2b."""
+    return (index(shape, 0) & b) != 0
+
+
+def weights(d, swap):
+    """([(b, weights [C, F]) for the blocks in which pairs part], exp of the sums before, exp of the sums after)."""
+    found = []
+    for b, before, after in blocks(d, swap):
+        if b == d.shape[0]:
+            return found, jnp.exp(before), jnp.exp(after)
+        found.append((b, jnp.exp(jnp.where(second_half(d.shape, b), before, after))))
+
+
+def power(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# --------------------------------------------------------------------- what a kernel needs of one chunk of one head
+
+
+class Weights(NamedTuple):
+    """``enter`` scales queries that read the state before the chunk, ``leave`` keys on their way into the state behind it,
+    ``through`` that state; None for 1. ``table`` [t, s] scales pairs, or ``parts`` [(b, [C, F])] per channel."""
+
+    enter: Any = None
+    leave: Any = None
+    through: Any = None
+    table: Any = None
+    parts: Any = None
+
+
+def of_tokens(rows, columns, later: int) -> Weights:
+    """From the two parts of the running sums, as rows [1, C] and columns [C, 1]; ``later``: the axis of t in the table."""
+    size = columns[0].shape[0]
+    between = [c - r if later == 0 else r - c for r, c in zip(rows, columns, strict=True)]
+    table = jnp.exp(jnp.where(seen(size, later), between[0] + between[1], -jnp.inf))
+    last = [jnp.sum(jnp.where(index(c.shape, 0) == size - 1, c, 0.0), 0, keepdims=True) for c in columns]
+    leave = jnp.exp((last[0] - columns[0]) + (last[1] - columns[1]))
+    return Weights(jnp.exp(columns[0] + columns[1]), leave, jnp.exp(last[0] + last[1]), table)
+
+
+def of_channels(d, swap) -> Weights:
+    parts, enter, leave = weights(d, swap)
+    through = jnp.exp(jnp.sum(d, 0, keepdims=True))
+    return Weights(enter, leave, through, parts=parts)
+
+
+def seen(size: int, later: int):
+    return index((size, size), later) >= index((size, size), 1 - later)
+
+
+def scaled(x, w):
+    """In the dtype of x, for the next product of matrices."""
+    return x if w is None else (x.astype(jnp.float32) * w).astype(x.dtype)
+
+
+def grown(x, w):
+    return x if w is None else x * w
+
+
+def products(x, y, w: Weights, later: int):
+    """Weighted x y^T, float32: queries by keys with ``later`` = 0, keys by queries with 1."""
+    size = x.shape[0]
+    if w.parts is None:
+        found = dot(x, y, NT)
+        return jnp.where(seen(size, later), found, 0.0) if w.table is None else found * w.table
+    found = jnp.where(pairs(size, 0, later), dot(x, y, NT), 0.0)
+    for b, part in w.parts:
+        found = jnp.where(pairs(size, b, later), dot(scaled(x, part), scaled(y, part), NT), found)
+    return found
+
+
+def products_gradient(d, y, w: Weights, later: int):
+    """The gradient of x in ``products(x, y, w, later)`` from that of the result."""
+    size = d.shape[0]
+    if w.parts is None:
+        d = jnp.where(seen(size, later), d, 0.0) if w.table is None else d * w.table
+        return dot(d.astype(y.dtype), y, NN)
+    found = dot(jnp.where(pairs(size, 0, later), d, 0.0).astype(y.dtype), y, NN)
+    for b, part in w.parts:
+        here = jnp.where(pairs(size, b, later), d, 0.0).astype(y.dtype)
+        found = found + dot(here, scaled(y, part), NN) * part
+    return found

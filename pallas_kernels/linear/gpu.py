@@ -1,0 +1,327 @@
+"""Linear attention on GPU: Triton kernels that first write the state before every chunk, then work on all chunks at once.
+
+A GPU needs more programs than there are heads. Only the states depend on each other: one kernel walks the chunks with a
+tile of a head's state in registers and writes it down, in the operands' dtype, before each; everything else is one
+program per chunk. The backward pass writes the states again and, from the end, their gradients. States are kept
+transposed, [Dv, F], so that decays scale them by rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.flash.layout import ceil_to
+from pallas_kernels.flash.pairs import NN, NT, dot
+from pallas_kernels.linear import body
+from pallas_kernels.linear.body import Body, Plan
+from pallas_kernels.linear.decays import (
+    Weights,
+    grown,
+    index,
+    of_tokens,
+    pairs,
+    power,
+    products,
+    scaled,
+    second_half,
+    seen,
+)
+
+TN = ((0,), (0,))
+# Tokens of a chunk, by float32: no register is spilled at these sizes on Hopper.
+CHUNKS = {False: (16, 32, 64), True: (16, 32)}
+WIDTH, FLOAT32_WIDTH = 64, 32  # features or value columns of a tile
+COLUMNS = 128  # value columns of a program that writes outputs
+
+
+def _summed(p: Plan, take, d):
+    """For each row of bool [C, C] the sum of those rows of d [C, E] that it takes: products for the tensor cores.
+
+    Zeros and ones are exact in bfloat16, and d is the sum of two up to 2^-17 of itself, of three as float32."""
+    take = jnp.where(take, 1.0, 0.0).astype(jnp.bfloat16)
+    total = jnp.zeros(d.shape, jnp.float32)
+    for _ in range(3 if p.float32 else 2):
+        part = d.astype(jnp.bfloat16)
+        total = total + dot(take, part, NN)
+        d = d - part.astype(jnp.float32)
+    return total
+
+
+def _of_channels(p: Plan, d, inside: bool) -> Weights:
+    size, summed = p.chunk, functools.partial(_summed, p)
+    t, u = index((size, size), 0), index((size, size), 1)
+    parts = []
+    for b in (1 << i for i in range(size.bit_length() - 1)) if inside else ():
+        if b == 1:
+            between = jnp.where(second_half(d.shape, 1), d, 0.0)
+        else:  # from the middle of the pairs' block to t, or from s to there
+            between = summed(((t ^ u) < b) & (jnp.where((t & b) != 0, t - u, u - t - 1) >= 0), d)
+        parts.append((b, jnp.exp(between)))
+    enter, leave = jnp.exp(summed(u <= t, d)), jnp.exp(summed(u > t, d))
+    return Weights(enter, leave, jnp.exp(jnp.sum(d, 0, keepdims=True)), parts=parts)
+
+
+def _over(count: int, step, carry):
+    """``step(i, carry)`` for i below a static count."""
+    if count == 1:
+        return step(0, carry)
+    return lax.fori_loop(0, count, step, carry)
+
+
+def _weights(p: Plan, r: dict, b, h, rows, f, later: int = 0, inside: bool = True) -> Weights:
+    """Of a chunk's rows and, per channel, the features ``f``; ``inside``: those of its pairs too."""
+    if p.decay is None:
+        return Weights()
+    b = b if r["d"].shape[0] > 1 else 0
+    if p.decay == "channel":
+        return _of_channels(p, r["d"][b, rows, h, f], inside)
+    sums = [r["d"][b, h, i, rows] for i in (0, 1)]
+    return of_tokens([x[None, :] for x in sums], [x[:, None] for x in sums], later)
+
+
+def _head(p: Plan, h):
+    """The kv head of a query head."""
+    return lax.div(h, p.h // p.kv)
+
+
+def _states_kernel(p: Plan, tiles, names, *refs):
+    """The state before each chunk, and behind the last."""
+    r = dict(zip(names, refs, strict=True))
+    b, h, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    f_tile, v_tile = tiles
+    parts = p.f_pad // f_tile
+    f, v = pl.ds(lax.rem(i, parts) * f_tile, f_tile), pl.ds(lax.div(i, parts) * v_tile, v_tile)
+
+    def step(c, s):
+        rows = pl.ds(c * p.chunk, p.chunk)
+        r["states"][b, h, c, v, f] = s.astype(r["states"].dtype)
+        w = _weights(p, r, b, h, rows, f, inside=False)
+        k = r["k"][b, rows, _head(p, h), f]
+        return grown(s, w.through) + dot(r["v"][b, rows, _head(p, h), v], scaled(k, w.leave), TN)
+
+    r["end"][b, h, v, f] = lax.fori_loop(0, p.chunks, step, r["state"][b, h, v, f])
+
+
+def _state_gradients_kernel(p: Plan, tiles, names, *refs):
+    """The gradient of the state behind each chunk, and before the first."""
+    r = dict(zip(names, refs, strict=True))
+    b, h, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    f_tile, v_tile = tiles
+    parts = p.f_pad // f_tile
+    f, v = pl.ds(lax.rem(i, parts) * f_tile, f_tile), pl.ds(lax.div(i, parts) * v_tile, v_tile)
+
+    def step(j, ds):
+        c = p.chunks - 1 - j
+        rows = pl.ds(c * p.chunk, p.chunk)
+        r["d_states"][b, h, c, v, f] = ds.astype(r["d_states"].dtype)
+        w = _weights(p, r, b, h, rows, f, inside=False)
+        q = scaled(r["q"][b, rows, h, f], p.scale if w.enter is None else w.enter * p.scale)
+        return grown(ds, w.through) + dot(r["do"][b, rows, h, v], q, TN)
+
+    r["d_state"][b, h, v, f] = lax.fori_loop(0, p.chunks, step, r["d_end"][b, h, v, f])
+
+
+def _output_kernel(p: Plan, tiles, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    c, i, b = (pl.program_id(x) for x in range(3))
+    f_tile, v_tile = tiles
+    h, v = lax.rem(i, p.h), pl.ds(lax.div(i, p.h) * v_tile, v_tile)
+    rows = pl.ds(c * p.chunk, p.chunk)
+
+    def step(j, carry):
+        table, out = carry
+        f = pl.ds(j * f_tile, f_tile)
+        q, k, s = r["q"][b, rows, h, f], r["k"][b, rows, _head(p, h), f], r["states"][b, h, c, v, f]
+        w = _weights(p, r, b, h, rows, f)
+        return table + products(q, k, w, 0), out + dot(scaled(q, w.enter), s, NT)
+
+    init = jnp.zeros((p.chunk, p.chunk), jnp.float32), jnp.zeros((p.chunk, v_tile), jnp.float32)
+    table, out = _over(p.f_pad // f_tile, step, init)
+    values = r["v"][b, rows, _head(p, h), v]
+    out = out + dot(table.astype(values.dtype), values, NN)
+    r["out"][b, rows, h, v] = (out * p.scale).astype(values.dtype)
+
+
+def _value_gradient_kernel(p: Plan, tiles, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    c, i, b = (pl.program_id(x) for x in range(3))
+    f_tile, v_tile = tiles
+    g, v = lax.rem(i, p.kv), pl.ds(lax.div(i, p.kv) * v_tile, v_tile)
+    rows = pl.ds(c * p.chunk, p.chunk)
+
+    def head(i, dv):
+        h = g * p.r + i
+
+        def step(j, carry):
+            table, dv = carry
+            f = pl.ds(j * f_tile, f_tile)
+            q, k, ds = r["q"][b, rows, h, f], r["k"][b, rows, g, f], r["d_states"][b, h, c, v, f]
+            w = _weights(p, r, b, h, rows, f, 1)
+            return table + products(k, q, w, 1), dv + dot(scaled(k, w.leave), ds, NT)
+
+        table, dv = _over(p.f_pad // f_tile, step, (jnp.zeros((p.chunk, p.chunk), jnp.float32), dv))
+        do = r["do"][b, rows, h, v]
+        return dv + dot((table * p.scale).astype(do.dtype), do, NN)
+
+    dv = lax.fori_loop(0, p.r, head, jnp.zeros((p.chunk, v_tile), jnp.float32))
+    r["dv"][b, rows, g, v] = dv.astype(r["dv"].dtype)
+
+
+def _both(d, q, k, w: Weights):
+    """Gradients of q and k in ``products(q, k, w, 0)`` from that of the result."""
+    size, dtype = d.shape[0], q.dtype
+    if w.parts is None:
+        d = jnp.where(seen(size, 0), d, 0.0) if w.table is None else d * w.table
+        d = d.astype(dtype)
+        return dot(d, k, NN), dot(d, q, TN)
+    here = jnp.where(pairs(size, 0), d, 0.0).astype(dtype)
+    dq, dk = dot(here, k, NN), dot(here, q, TN)
+    for b, part in w.parts:
+        here = jnp.where(pairs(size, b), d, 0.0).astype(dtype)
+        dq, dk = dq + dot(here, scaled(k, part), NN) * part, dk + dot(here, scaled(q, part), TN) * part
+    return dq, dk
+
+
+def _key_gradient_kernel(p: Plan, tiles, names, *refs):
+    """Queries, keys and what a decay before each token would change."""
+    r = dict(zip(names, refs, strict=True))
+    c, i, b = (pl.program_id(x) for x in range(3))
+    f_tile, v_tile = tiles
+    g, part = lax.rem(i, p.kv), lax.div(i, p.kv)
+    rows, f = pl.ds(c * p.chunk, p.chunk), pl.ds(part * f_tile, f_tile)
+    k = r["k"][b, rows, g, f]
+    zeros = jnp.zeros((p.chunk, f_tile), jnp.float32)
+
+    def head(i, total):
+        h = g * p.r + i
+
+        def step(j, carry):
+            dp, dq, dk = carry
+            v = pl.ds(j * v_tile, v_tile)
+            do, values = r["do"][b, rows, h, v], r["v"][b, rows, g, v]
+            s, ds = r["states"][b, h, c, v, f], r["d_states"][b, h, c, v, f]
+            return dp + dot(do, values, NT), dq + dot(do, s, NN), dk + dot(values, ds, NN)
+
+        dp, dq, dk = _over(p.dv_pad // v_tile, step, (jnp.zeros((p.chunk, p.chunk), jnp.float32), zeros, zeros))
+        w = _weights(p, r, b, h, rows, f)
+        q = r["q"][b, rows, h, f]
+        near_q, near_k = _both(dp * p.scale, q, k, w)
+        dq = grown(dq, w.enter) * p.scale + near_q
+        dk = grown(dk, w.leave) + near_k
+        r["dq"][b, rows, h, f] = dq.astype(q.dtype)
+        if p.decay:
+            change = q.astype(jnp.float32) * dq - k.astype(jnp.float32) * dk
+            if p.decay == "token":
+                r["dd"][b, h, part, rows] = change.sum(1)
+            else:
+                later = index((p.chunk, p.chunk), 1) >= index((p.chunk, p.chunk), 0)
+                r["dd"][b, rows, h, f] = _summed(p, later, change)
+        return total + dk
+
+    r["dk"][b, rows, g, f] = lax.fori_loop(0, p.r, head, zeros).astype(k.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+
+def _call(p: Plan, kernel, tiles, x: dict, outs: dict, grid, name: str, interpret, warps: int = 4):
+    found = pl.pallas_call(
+        functools.partial(kernel, p, tiles, (*x, *outs)),
+        grid=grid,
+        out_shape=list(outs.values()),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        name=name,
+        interpret=interpret,
+    )(*x.values())
+    return dict(zip(outs, found, strict=True))
+
+
+def _pick(x: dict, *names: str) -> dict:
+    return {name: x[name] for name in (*names, "d") if name in x}
+
+
+def _shape(dtype, *size):
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+def _tiles(p: Plan, x: dict) -> tuple[int, int]:
+    most = FLOAT32_WIDTH if x["q"].dtype == jnp.float32 else WIDTH
+    return min(most, p.f_pad), min(most, p.dv_pad)
+
+
+def _grid_of_states(p: Plan, tiles):
+    return (p.f_pad // tiles[0]) * (p.dv_pad // tiles[1]), p.h, p.b
+
+
+def _all_states(p: Plan, x: dict):
+    return _shape(x["q"].dtype, p.b, p.h, p.chunks, p.dv_pad, p.f_pad)
+
+
+def _states(p: Plan, x: dict, interpret):
+    tiles = _tiles(p, x)
+    outs = {"states": _all_states(p, x), "end": _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)}
+    operands = _pick(x, "k", "v", "state")
+    return _call(p, _states_kernel, tiles, operands, outs, _grid_of_states(p, tiles), "linear_states", interpret)
+
+
+def _forward(p: Plan, x: dict, interpret):
+    f_tile, v_tile = _tiles(p, x)
+    found = _states(p, x, interpret)
+    if v_tile == WIDTH and p.dv_pad % COLUMNS == 0:
+        v_tile = COLUMNS
+    operands = _pick(x, "q", "k", "v") | {"states": found["states"]}
+    outs = {"out": _shape(x["v"].dtype, p.b, p.rows, p.h, p.dv_pad)}
+    grid = (p.chunks, p.h * (p.dv_pad // v_tile), p.b)
+    out = _call(p, _output_kernel, (f_tile, v_tile), operands, outs, grid, "linear_output", interpret)
+    return out | {"end": found["end"]}
+
+
+def _backward(p: Plan, x: dict, interpret):
+    tiles = f_tile, v_tile = _tiles(p, x)
+    states = {"states": _states(p, x, interpret)["states"]}
+    outs = {"d_states": _all_states(p, x), "d_state": _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)}
+    operands, grid = _pick(x, "q", "do", "d_end"), _grid_of_states(p, tiles)
+    found = _call(p, _state_gradients_kernel, tiles, operands, outs, grid, "linear_state_gradients", interpret)
+    d_states = {"d_states": found["d_states"]}
+    operands = _pick(x, "q", "k", "do") | d_states
+    outs = {"dv": _shape(x["v"].dtype, p.b, p.rows, p.kv, p.dv_pad)}
+    grid = p.chunks, p.kv * (p.dv_pad // v_tile), p.b
+    found |= _call(p, _value_gradient_kernel, tiles, operands, outs, grid, "linear_value_gradient", interpret)
+    operands = _pick(x, "q", "k", "v", "do") | states | d_states
+    outs = {"dq": _shape(x["q"].dtype, *x["q"].shape), "dk": _shape(x["k"].dtype, *x["k"].shape)}
+    parts = p.f_pad // f_tile
+    if p.decay:
+        token = p.b, p.h, parts, p.rows
+        outs["dd"] = _shape(jnp.float32, *(token if p.decay == "token" else (p.b, p.rows, p.h, p.f_pad)))
+    grid = p.chunks, p.kv * parts, p.b
+    found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret)
+    if p.decay == "token":
+        found["dd"] = lax.cumsum(found["dd"].sum(2), 2, reverse=True)
+    elif p.decay:  # summed inside chunks; what a chunk's first token has is what earlier chunks are to add
+        inside = found["dd"].reshape(p.b, p.chunks, p.chunk, p.h, p.f_pad)
+        firsts = inside[:, :, 0]
+        behind = lax.cumsum(jnp.pad(firsts[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)]), 1, reverse=True)
+        found["dd"] = (inside + behind[:, :, None]).reshape(found["dd"].shape)
+    return {name: a for name, a in found.items() if name != "d_states"}
+
+
+def _plan(o: dict, opt) -> Plan:
+    float32 = o["q"].dtype == jnp.float32
+    most = FLOAT32_WIDTH if float32 else WIDTH
+    chunks = dict.fromkeys((None, "token", "channel"), CHUNKS[float32])
+    width = lambda n: ceil_to(n, min(most, max(16, power(n))))  # noqa: E731
+    return body.plan(o, opt, chunks=chunks, most=None, pad_width=width, heads_first=False)
+
+
+BODY = Body("gpu", _plan, _forward, _backward)
+
+
+def linear(o: dict, opt, interpret=False):
+    """``interpret``: run the kernels on a CPU."""
+    return body.run(BODY, o, opt, interpret)
