@@ -1,4 +1,4 @@
-"""Models that expose the sockets: language model, vision tower, vision-language model.
+"""Models that expose the sockets: language model, text encoder, vision tower, two towers, vision-language model.
 
     model = models.llm.bind(config, params, cache=cache.full())
     faster = models.bind(model, attention=sparse.flexprefill(), cache=cache.h2o(budget=256))    # same weights
@@ -12,11 +12,11 @@ from models import sampling
 from models.bind import Bound, Program, by_layer, dense
 from models.generate import generate, stream
 from models.hub import from_pretrained, save_pretrained
-from models.language import llm
-from models.multimodal import vlm
+from models.language import encoder, llm
+from models.multimodal import dual, vlm
 from models.vision import vit
 
-_FAMILIES = {llm.LLMConfig: llm, vit.ViTConfig: vit, vlm.VLMConfig: vlm}
+_FAMILIES = {llm.LLMConfig: llm, encoder.EncoderConfig: encoder, vit.ViTConfig: vit, dual.DualConfig: dual, vlm.VLMConfig: vlm}
 
 
 def bind(model: Bound, **sockets) -> Bound:
@@ -32,5 +32,5 @@ def build(config, seed: int = 0, **sockets) -> Bound:
     return family.bind(config, family.init(config, seed), **sockets)
 
 
-__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "from_pretrained", "generate", "llm", "sampling",
-           "save_pretrained", "stream", "vit", "vlm"]  # fmt: skip
+__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "dual", "encoder", "from_pretrained", "generate", "llm",
+           "sampling", "save_pretrained", "stream", "vit", "vlm"]  # fmt: skip

@@ -22,21 +22,24 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxattn.core.types import expect
 from jaxattn.nn.partition import logical_axes, path_name, spec
 from models.bind import Bound
-from models.hub import files, language, multimodal, vision
+from models.hub import dual, encoders, files, language, multimodal, vision
 from models.hub.families import Family
 from models.hub.fields import Fields
 from models.hub.rules import Piece, expand
+from models.language.encoder import EncoderConfig
 from models.language.llm import LLMConfig
+from models.multimodal.dual import DualConfig
 from models.multimodal.vlm import VLMConfig
 from models.vision.positions import at_size
 from models.vision.vit import ViTConfig
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (*language.FAMILIES, *vision.FAMILIES, *multimodal.FAMILIES)}
-OWNERS = {LLMConfig: language, ViTConfig: vision, VLMConfig: multimodal}
+FAMILIES: dict[str, Family] = {f.name: f for f in (*language.FAMILIES, *encoders.FAMILIES, *vision.FAMILIES,
+                                                   *dual.FAMILIES, *multimodal.FAMILIES)}  # fmt: skip
+OWNERS = {LLMConfig: language, EncoderConfig: encoders, ViTConfig: vision, DualConfig: dual, VLMConfig: multimodal}
 LISTED = 20  # names shown in an error
 
 
-def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **sockets) -> tuple[Bound, dict]:
+def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, part=None, **sockets) -> tuple[Bound, dict]:
     """A model from a local directory in the Hugging Face format: config.json and safetensors.
 
     Args:
@@ -44,6 +47,7 @@ def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **so
       mesh: parameters are laid out over it (axes data, fsdp, sequence, tensor, of type Auto) by the tables of
         ``jaxattn.nn.partition``; None puts them on one device.
       image: (height, width) that a vision tower shall read, if not the checkpoint's: its positions are interpolated.
+      part: "vision" or "text", one tower of a clip or siglip alone; "text" of a gemma3 (its tower is not read).
       sockets: attention, reduce, cache, steering, ... as in the model's ``bind``.
     Returns: (bound model, config.json as a dict: token ids and other things that are not the model's). The model's own
       configuration is ``bound.program.config``.
@@ -52,12 +56,12 @@ def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **so
     """
     dtype = None if dtype is None else jnp.dtype(dtype)
     raw = files.read_config(path)
-    family, fields = family_for(raw)
+    family, fields = family_for(raw, part)
     headers = _renamed(files.read_headers(path), family.aliases)
     config = family.read(fields, headers.keys())
     fields.close()
     pieces, kept = plan(family, config, headers, str(path))
-    expect("image", image, f"None for a {family.name}", image is None or not isinstance(config, LLMConfig))
+    expect("image", image, f"None for a {family.name}", image is None or not isinstance(config, LLMConfig | EncoderConfig))
     params = read(config, family, pieces, headers, dtype, mesh)
     if image is not None:
         config, params = _at_size(config, params, image, family)
@@ -69,7 +73,7 @@ def from_pretrained(path: str | Path, *, dtype=None, mesh=None, image=None, **so
 
 def _at_size(config, params: dict, image, family: Family):
     """A tower, or a model with one, for images of another size."""
-    tower = config.vision if isinstance(config, VLMConfig) else config
+    tower = config if isinstance(config, ViTConfig) else config.vision
     antialias = family.name == "dinov2_with_registers"  # the one family that transformers smooths
     if tower is config:
         return at_size(config, params, image, antialias=antialias)
@@ -77,14 +81,17 @@ def _at_size(config, params: dict, image, family: Family):
     return dataclasses.replace(config, vision=new), {**params, "vision": mine}
 
 
-def family_for(raw: dict) -> tuple[Family, Fields]:
-    """The family of a config.json and its fields (of the vision tower, for a two-tower checkpoint)."""
+def family_for(raw: dict, part: str | None = None) -> tuple[Family, Fields]:
+    """The family of a config.json and its fields; of one part of a model that has several."""
     name = raw.get("model_type")
-    if name in vision.TOWERS:
-        family = vision.TOWERS[name]
-        return family, Fields(raw.get("vision_config") or {}, "config.json: vision_config", family.defaults)
+    parts = dual.PARTS.get(name, {})
+    if part is not None or (parts and name not in FAMILIES):
+        expect("part", part, f"one of {sorted(parts)} of a {name}" if parts else f"None for a {name}", part in parts)
+        family, field, shared = parts[part]
+        fields = (raw.get(field) or {}) | (raw.get(f"{field}_dict") or {}) | {k: raw[k] for k in shared if k in raw}
+        return family, Fields(fields, f"config.json: {field}", family.defaults)
     if name not in FAMILIES:
-        raise ValueError(f"config.json: model_type: expected one of {sorted({*FAMILIES, *vision.TOWERS})}, got {name!r}")
+        raise ValueError(f"config.json: model_type: expected one of {sorted({*FAMILIES, *dual.PARTS})}, got {name!r}")
     return FAMILIES[name], Fields(raw, defaults=FAMILIES[name].defaults)
 
 
@@ -169,7 +176,12 @@ def _whole(view: np.ndarray, dtype, sharding) -> jax.Array:
     """A file's view as an array: every device's slice is copied out of the map and cast on its own."""
     dtype = view.dtype if dtype is None else dtype
     sharding = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
-    return jax.make_array_from_callback(view.shape, sharding, lambda index: np.array(view[index], dtype, order="C"))
+    return jax.make_array_from_callback(view.shape, sharding, lambda index: _copy(view, index, dtype))
+
+
+def _copy(view: np.ndarray, index, dtype) -> np.ndarray:
+    """The one place where a tensor's bytes leave the file."""
+    return np.array(view[index], dtype, order="C")
 
 
 def _zeros(shape, dtype, sharding) -> jax.Array:

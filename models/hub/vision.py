@@ -131,7 +131,8 @@ def _positions(c: vit.ViTConfig, name: str, batched: bool) -> list[Rule]:
     return [Rule(name, "special_pos", "rows", shape, (0, n)), patches] if n else [patches]
 
 
-def _layers(c: vit.ViTConfig, at: str, names: dict[str, str]) -> list[Rule]:
+def layer_rules(c, at: str, names: dict[str, str]) -> list[Rule]:
+    """Layers of a tower (or a text encoder, whose config has a ``block`` too) under the family's ``names``."""
     b = c.block
     rules = norm(at + names["norm1"], "layers/norm1", True) + norm(at + names["norm2"], "layers/norm2", True)
     for ours in "qkv":
@@ -158,7 +159,7 @@ def _special(c: vit.ViTConfig, *names: str) -> list[Rule]:
 
 def _bert_like(c: vit.ViTConfig, names: dict, special: tuple[str, ...]) -> list[Rule]:
     rules = [*_special(c, *(f"embeddings.{s}" for s in special)), *_patch(c, "embeddings.patch_embeddings.projection"),
-             *_positions(c, "embeddings.position_embeddings", True), *_layers(c, "encoder.layer.{i}.", names),
+             *_positions(c, "embeddings.position_embeddings", True), *layer_rules(c, "encoder.layer.{i}.", names),
              *norm("layernorm", "norm", True)]  # fmt: skip
     if c.block.layer_scale:
         rules += [Rule(f"encoder.layer.{{i}}.layer_scale{n}.lambda1", f"layers/scale{n}/scale") for n in (1, 2)]
@@ -185,13 +186,13 @@ def table_dinov2(c: vit.ViTConfig) -> list[Rule]:
 def table_clip(c: vit.ViTConfig) -> list[Rule]:
     return [Rule("embeddings.class_embedding", "special", "rows", (c.block.dim,)), *_patch(c, "embeddings.patch_embedding"),
             *_positions(c, "embeddings.position_embedding.weight", False), *norm("pre_layrnorm", "pre_norm", True),
-            *_layers(c, "encoder.layers.{i}.", CLIP_LIKE), *norm("post_layernorm", "norm", True)]  # fmt: skip
+            *layer_rules(c, "encoder.layers.{i}.", CLIP_LIKE), *norm("post_layernorm", "norm", True)]  # fmt: skip
 
 
 def table_siglip(c: vit.ViTConfig) -> list[Rule]:
     dim = c.block.dim
     rules = [*_patch(c, "embeddings.patch_embedding"), *_positions(c, "embeddings.position_embedding.weight", False),
-             *_layers(c, "encoder.layers.{i}.", CLIP_LIKE), *norm("post_layernorm", "norm", True)]  # fmt: skip
+             *layer_rules(c, "encoder.layers.{i}.", CLIP_LIKE), *norm("post_layernorm", "norm", True)]  # fmt: skip
     if c.pool != "probe":
         return rules
     rules.append(Rule("head.probe", "probe/query", "rows", (1, 1, dim)))
@@ -234,4 +235,3 @@ FAMILIES = [
     Family("dinov2_with_registers", read_dinov2, write, table_dinov2, vit, DINO | dict(patch_size=16),
            ((r"^dinov2_with_registers\.", ""),), _stored("dinov2_with_registers."), keep=DINO_REST),
 ]  # fmt: skip
-TOWERS = {"clip": _family_clip, "siglip": _family_siglip}  # the vision tower of a two-tower checkpoint

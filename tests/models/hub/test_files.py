@@ -138,7 +138,7 @@ def test_names_of_other_versions(copy):
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config, "text_config": {}}))
     tower = {f"vision_model.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tower | {"text_model.x": np.zeros(3), "logit_scale": np.zeros(1)}, folder / "model.safetensors")
-    found, _ = hub.from_pretrained(folder)
+    found, _ = hub.from_pretrained(folder, part="vision")
     assert equal(found.params, hub.from_pretrained(GOLDEN / "clip")[0].params)
 
 
@@ -147,11 +147,13 @@ FIELDS = [
     ("llama", dict(residual_multiplier=2.0, logit_cap=30), r"not supported: logit_cap = 30, residual_multiplier = 2\.0"),
     ("llama", dict(quantization_config={"bits": 4}), r"quantization_config"),
     ("llama", dict(hidden_act="xielu"), r"hidden_act = 'xielu' is not supported"),
-    ("llama", dict(rope_parameters=dict(rope_type="longrope", factor=4.0)), r"rope_type = 'longrope' is not supported"),
+    ("llama", dict(rope_parameters=dict(rope_type="spiral", factor=4.0)), r"rope_type = 'spiral' is not supported"),
+    ("llama", dict(rope_parameters=dict(rope_type="longrope", factor=4.0)), r"rope_parameters: short_factor, long_factor: expected"),
     ("llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, turns=3)), r"not supported with 'linear': turns = 3"),
     ("llama", dict(hidden_size="wide"), r"hidden_size: expected a positive integer, got 'wide'"),
     ("llama", dict(is_decoder=True), r"is_decoder = True is not supported"),
-    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=4), r"layer_types"),
+    ("qwen3", dict(layer_types=["full_attention", "chunked_attention"]), r"layer_types: expected 2 of .*'chunked_attention'"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), r"layer_types: expected a sliding_window"),
     ("dinov2", dict(use_swiglu_ffn=True), r"use_swiglu_ffn = True is not supported"),
     ("vit", dict(patch_size=[4, 2]), r"patch_size"),
     ("llava", dict(vision_feature_select_strategy="full"), r"strategy = 'full' is not supported with clip"),
