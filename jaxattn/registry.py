@@ -101,16 +101,21 @@ def parse(socket: str, text: str) -> Any:
     Raises ValueError for an unknown name, an unknown, repeated or missing argument, or an unreadable value.
     """
     name, _, tail = text.partition(":")
-    factory = get(socket, name)
+    return build(f"{socket} {name!r}", get(socket, name), tail)
+
+
+def build(what: str, factory: Callable, text: str) -> Any:
+    """Call a factory with the arguments "arg=value,arg=value", checked against its signature; `what` is its name in
+    errors."""
     arguments: dict[str, Any] = {}
-    for item in _split(tail, text):
+    for item in _split(text, text):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key.isidentifier() or not value:
-            raise ValueError(f"{socket} {text!r}: expected arg=value, got {item.strip()!r}")
+            raise ValueError(f"{what}: expected arg=value, got {item.strip()!r}")
         if key in arguments:
-            raise ValueError(f"{socket} {text!r}: argument {key!r} is given twice")
+            raise ValueError(f"{what}: argument {key!r} is given twice")
         arguments[key] = _value(value)
-    _check(socket, name, factory, arguments)
+    _check(what, factory, arguments)
     return factory(**arguments)
 
 
@@ -166,7 +171,7 @@ def _value(word: str) -> Any:
         return word
 
 
-def _check(socket: str, name: str, factory: Callable, arguments: dict[str, Any]) -> None:
+def _check(what: str, factory: Callable, arguments: dict[str, Any]) -> None:
     parameters = inspect.signature(factory).parameters.values()
     accepted = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -175,8 +180,8 @@ def _check(socket: str, name: str, factory: Callable, arguments: dict[str, Any])
         unknown = [key for key in arguments if key not in accepted]
     missing = [key for key, p in accepted.items() if p.default is p.empty and key not in arguments]
     if unknown or missing:
-        what = f"unknown argument {unknown[0]!r}" if unknown else f"missing argument {missing[0]!r}"
+        wrong = f"unknown argument {unknown[0]!r}" if unknown else f"missing argument {missing[0]!r}"
         near = difflib.get_close_matches(unknown[0], accepted, n=1) if unknown else []
-        what += f"; did you mean {near[0]}?" if near else ""
+        wrong += f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(k if p.default is p.empty else f"{k}={p.default!r}" for k, p in accepted.items())
-        raise ValueError(f"{socket} {name!r}: {what}; accepted: {listed or 'none'}")
+        raise ValueError(f"{what}: {wrong}; accepted: {listed or 'none'}")

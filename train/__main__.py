@@ -53,10 +53,13 @@ def run(config: Common) -> int:
             eval_every=config.eval_every,
             title=f"{config.task} {stage.folder}".strip(),
             unit=task.unit,
+            frozen=stage.frozen,
         )
         if result.interrupted:
             return INTERRUPTED
         params = {**params, **result.params}
+    if task.export is not None:
+        task.export(params)
     return 0
 
 

@@ -94,7 +94,7 @@ class Common:
 
     def record(self) -> dict[str, Any]:
         """What decides the run, as values of JSON: kept in its checkpoints."""
-        where = ("out", "save_every", "keep", "log_every", "eval_every", "eval_batches", "resume", "devices", "hosts")
+        where = ("out", "save_every", "keep", "log_every", "eval_every", "eval_batches", "resume", "devices", "hosts", "merge")
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in where}
         return {"task": self.task, **{k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}}
 
@@ -105,10 +105,17 @@ class LM(Common):
 
     task: ClassVar[str] = "lm"
 
+    init: Path | None = None
+    """Directory of a checkpoint in the Hugging Face format to start from: its model and its tokenizer."""
+    lora: str | None = None
+    """Train adapters beside the frozen checkpoint, "rank=8,alpha=16,targets=q+v,dropout=0.05"; they are written in PEFT's
+    layout to <out>/adapter. None: train all of it."""
+    merge: Path | None = None
+    """Also write the tuned checkpoint here, adapters merged, in the Hugging Face format."""
     length: int = 256
     """Tokens of a window."""
-    tokenizer: str = "byte"
-    """byte, bpe, or the path of a tokenizer.json."""
+    tokenizer: str | None = None
+    """byte, bpe, or the path of a tokenizer.json; None: byte, or the checkpoint's."""
     vocab_size: int = 4096
     """Of a bpe that is trained here."""
     dim: int = 256

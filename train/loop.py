@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -80,12 +81,17 @@ def loss_and_gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array,
 
 
 def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, accumulate: int = 1):
-    """step(state, batch, key) -> (state, metrics), to be jitted; state: params, optimizer, step."""
+    """step(state, batch, key, frozen={}) -> (state, metrics), to be jitted; state: params, optimizer, step; frozen:
+    parameters that the loss reads besides and nothing changes."""
 
-    def step(state, batch, key):
+    def step(state, batch, key, frozen=MappingProxyType({})):
         key = jax.random.fold_in(key, state["step"])
         params = state["params"]
-        loss, metrics, grads = loss_and_gradients(loss_fn, params, batch, key, accumulate=accumulate)
+
+        def loss_of(params, batch, key):
+            return loss_fn({**frozen, **params}, batch, key)
+
+        loss, metrics, grads = loss_and_gradients(loss_of, params, batch, key, accumulate=accumulate)
         updates, opt_state = optimizer.update(grads, state["optimizer"], params)
         report = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
         state = {
@@ -217,6 +223,7 @@ def fit(
     title: str = "train",
     unit: str = "tokens",
     quiet: bool = False,
+    frozen: Any = None,
 ) -> Result:
     """Train `params` for `steps` steps in total, from the latest checkpoint if there is one.
 
@@ -225,6 +232,7 @@ def fit(
     device. save_every, log_every and eval_every (None: only at the end) count steps; the last step is always
     saved, logged and evaluated. eval_fn(params, step) -> numbers, logged as "eval/...". config: values of
     JSON, kept in the checkpoints. metrics_path: JSON lines; plot_path: a PNG of the losses (needs matplotlib).
+    frozen: entries of the loss's parameters that stay as they are: not optimized, not copied, not saved.
     resume False refuses a folder that has checkpoints. unit: what the rate counts, "tokens" or the batch's
     rows by another name.
 
@@ -266,6 +274,7 @@ def fit(
             everywhere = jax.jit(partial(jax.random.wrap_key_data, impl=kind), out_shardings=replicated(mesh))
             key = everywhere(bits)
             stack.enter_context(jax.set_mesh(mesh))
+        frozen = dict(frozen or {})
         where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
         step_fn = jax.jit(
             make_step(loss_fn, optimizer, accumulate=accumulate), donate_argnums=0, out_shardings=where
@@ -287,7 +296,7 @@ def fit(
                     f"data_iterator: expected batches for {steps} steps, got its end after {done}"
                 ) from None
             amount = _amount(batch, unit)
-            state, report = step_fn(state, batch if mesh is None else shard_batch(batch, mesh), key)
+            state, report = step_fn(state, batch if mesh is None else shard_batch(batch, mesh), key, frozen)
             done += 1
             last, log_now = done == steps, done % log_every == 0
             # Processes can only agree where all of them ask; a lone one need not wait for the next report.
@@ -301,7 +310,7 @@ def fit(
                 rate = show.report(done, values, amount)
                 row = {**values, f"{unit}_per_second": rate}
             if eval_fn is not None and (last or (eval_every and done % eval_every == 0)):
-                found = {f"eval/{name}": float(x) for name, x in eval_fn(state["params"], done).items()}
+                found = {f"eval/{name}": float(x) for name, x in eval_fn({**frozen, **state["params"]}, done).items()}
                 show.note(f"step {done}  " + "  ".join(f"{name} {x:.4g}" for name, x in found.items()))
                 row |= found
             if row:

@@ -19,17 +19,17 @@ from models.multimodal import vlm
 from models.vision import vit
 from train import scenes
 from train.config import LM, VLM, Common, ViT
-from train.data import Batches, SceneConfig, lm_dataset, vit_dataset, vlm_dataset
+from train.data import Batches, CheckpointTokenizer, SceneConfig, lm_dataset, vit_dataset, vlm_dataset
 from train.loop import LossFn
 from train.sharding import shard_batch
-
-SOCKETS = "sockets"  # entry of the parameters for what bound methods train; absent where they train nothing
+from train.tuning import SOCKETS, tuned
 
 
 @dataclass(frozen=True)
 class Stage:
     """One call of `fit`. params: the entries of the task's parameters that it trains (None: all); score: numbers of
-    an evaluation beyond the loss; folder: below that of the run, "" for the last stage."""
+    an evaluation beyond the loss; folder: below that of the run, "" for the last stage; frozen: parameters that the loss
+    reads and no step changes; eval_loss: what an evaluation computes, if not the training's loss."""
 
     loss_fn: LossFn
     batches: Batches
@@ -39,6 +39,8 @@ class Stage:
     params: tuple[str, ...] | None = None
     groups: dict[str, float] = field(default_factory=dict)
     score: Callable[[Any, Iterator], dict[str, float]] | None = None
+    frozen: dict[str, Any] = field(default_factory=dict)
+    eval_loss: LossFn | None = None
 
     def evaluator(self, count: int, mesh: Any = None):
         """eval_fn for `fit`: mean loss and metrics over `count` held-out batches."""
@@ -46,7 +48,7 @@ class Stage:
 
         @jax.jit
         def one(params, batch):
-            loss, metrics = self.loss_fn(params, batch, jax.random.key(0))
+            loss, metrics = (self.eval_loss or self.loss_fn)(params, batch, jax.random.key(0))
             return {"loss": loss, **metrics}
 
         def evaluate(params, step):
@@ -69,13 +71,14 @@ class Stage:
 @dataclass(frozen=True)
 class Task:
     """model: the static configuration; bound: the model with its sockets and no parameters; unit: what is counted per
-    second."""
+    second; export: what to write from the trained parameters."""
 
     model: Any
     bound: Bound
     params: Any
     stages: tuple[Stage, ...]
     unit: str = "tokens"
+    export: Callable[[Any], None] | None = None
 
 
 def with_params(bound: Bound, params: Any) -> Bound:
@@ -125,10 +128,18 @@ def class_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None):
 
 
 def language(config: LM) -> Task:
+    tokenizer = config.tokenizer
+    if config.init is not None and tokenizer is None:
+        tokenizer = CheckpointTokenizer(config.init)
     train, held_out = _streams(
-        lm_dataset, config, length=config.length, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+        lm_dataset, config, length=config.length, tokenizer=tokenizer or "byte", vocab_size=config.vocab_size,
         cache=config.folder,
     )  # fmt: skip
+    if config.init is not None:
+        return tuned(config, train, held_out)
+    for name in ("lora", "merge"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}: expected None without a checkpoint (init), got {getattr(config, name)}")
     model = llm.config(
         train.info["vocab_size"], config.layers, config.dim, config.heads, kv_heads=config.kv_heads,
         hidden=config.mlp, tie=config.tied, length=config.length, qk_norm=config.qk_norm,

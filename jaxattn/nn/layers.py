@@ -59,7 +59,17 @@ class MLP(nnx.Module):
 def dense(p: dict, x: Array) -> Array:
     """x [..., in] -> [..., out]; products in x's dtype, accumulated in float32 by the hardware's dot."""
     y = x @ p["kernel"].astype(x.dtype)
+    if "lora" in p:
+        y = y + low_rank(p["lora"], x)
     return y + p["bias"].astype(y.dtype) if "bias" in p else y
+
+
+def low_rank(p: dict, x: Array) -> Array:
+    """(x a) b, a [in, rank] and b [rank, out]; with "keep" and "key" (uint32 [2]) that share of x's entries, scaled up."""
+    if "keep" in p:
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(p["key"]), p["keep"], x.shape)
+        x = jnp.where(kept, x / p["keep"].astype(x.dtype), 0)
+    return (x @ p["a"].astype(x.dtype)) @ p["b"].astype(x.dtype)
 
 
 def norm(p: dict, x: Array, eps: float, *, unit_offset: bool = False) -> Array:

@@ -36,6 +36,12 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)mlp/(gate|up)/kernel$", ("embed", "mlp")),
     (r"(^|/)mlp/(gate|up)/bias$", ("mlp",)),
     (r"(^|/)mlp/down/kernel$", ("mlp", "embed")),
+    (r"(^|/)([qkv]|gate|up)/a$", ("embed", None)),  # adapters: cut as their kernels, their rank whole
+    (r"(^|/)[qkv]/b$", (None, "heads")),
+    (r"(^|/)(gate|up)/b$", (None, "mlp")),
+    (r"(^|/)o/a$", ("heads", None)),
+    (r"(^|/)down/a$", ("mlp", None)),
+    (r"(^|/)(o|down)/b$", (None, "embed")),
     (r"(^|/)kernel$", ("embed", None)),  # patches, projectors, other heads
 )
 

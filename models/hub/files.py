@@ -148,18 +148,19 @@ def write(folder: Path, tensors: Iterable[Planned], shard_bytes: int) -> None:
     for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         old.unlink(missing_ok=True)
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0])
         return
     where = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
+        write_file(folder / name, shard)
         where |= {t.name: name for t in shard}
     total = sum(t.nbytes for shard in shards for t in shard)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True))
 
 
-def _write_file(file: Path, tensors: list[Planned]) -> None:
+def write_file(file: Path, tensors: list[Planned]) -> None:
+    """One safetensors file."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:

@@ -12,11 +12,13 @@ from train.data.pipeline import (
 )
 from train.data.questions import KINDS, MIX, Vocabulary, render
 from train.data.scenes import SceneConfig
+from train.data.text import CheckpointTokenizer
 
 __all__ = [
     "KINDS",
     "MIX",
     "Batches",
+    "CheckpointTokenizer",
     "SceneConfig",
     "Vocabulary",
     "lm_dataset",

@@ -189,6 +189,26 @@ class BPETokenizer:
         return self.tokenizer.decode([int(i) for i in np.ravel(ids)], skip_special_tokens=True)
 
 
+class CheckpointTokenizer:
+    """The tokenizer of a checkpoint directory. Documents begin with its bos, if it has one, and end with its eos; padding,
+    which nothing learns from, is the eos."""
+
+    def __init__(self, folder: str | Path):
+        from models.hub.text import read_text
+
+        found = read_text(folder)
+        self.tokenizer = found.tokenizer
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        self.bos = self.tokenizer.token_to_id(found.tokens.get("bos_token", ""))
+        if not found.stop:
+            raise ValueError(f"tokenizer: expected {folder} to say which token ends a text, got no eos_token")
+        self.eos = self.pad = found.stop[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+
 def trained_bpe(texts: Sequence[str], vocab_size: int, cache: str | Path | None) -> BPETokenizer:
     """BPE of these texts, from `cache`/bpe-<vocab>-<digest of the texts>/tokenizer.json if it is there."""
     if cache is None:
@@ -203,8 +223,9 @@ def trained_bpe(texts: Sequence[str], vocab_size: int, cache: str | Path | None)
 
 
 def tokenize(found: Sequence[Document], tokenizer) -> list[np.ndarray]:
-    """int32 token arrays, each beginning with bos and ending with eos."""
-    bos, eos = np.array([tokenizer.bos], np.int32), np.array([tokenizer.eos], np.int32)
+    """int32 token arrays, each beginning with bos (where the tokenizer has one) and ending with eos."""
+    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], np.int32)
+    eos = np.array([tokenizer.eos], np.int32)
     return [
         np.concatenate([bos, ids, eos]) for ids in tokenizer.encode_all([document.text for document in found])
     ]
