@@ -3,6 +3,7 @@
     python -m benchmarks.compile_report layers               # compile time of 8 and 32 layers
     python -m benchmarks.compile_report decode --target tpu  # temporary memory of a decoding step
     python -m benchmarks.compile_report train-8b             # an 8B training step for 128 TPU chips
+    python -m benchmarks.compile_report serve-8b             # 128K tokens read and continued by an 8B model on 8 TPU chips
 
 Nothing runs and no array of a model is allocated: programs are lowered from shapes. TPU targets need the extra
 ``tpu-aot``.
@@ -33,6 +34,7 @@ from jax.extend import core  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from jaxattn import cache, linear, tokens  # noqa: E402
+from jaxattn.core.rope import Rope, RopeScaling  # noqa: E402
 from models import by_layer, dense, llm, stack  # noqa: E402
 from models.bind import Bound, as_record, bind_stack, subset  # noqa: E402
 from models.bind import Program as ModelProgram  # noqa: E402
@@ -318,6 +320,77 @@ def train_8b(options: Train8B) -> None:
         show(("of the step", "value"), [(name, text(value)) for name, value in found.items()])
 
 
+@dataclasses.dataclass(frozen=True)
+class Serve8B:
+    """Reading a prompt and one decoding step of a Llama-3-like 8B model (bfloat16) whose context fills a TPU slice."""
+
+    topology: str = "v5p:2x2x2"
+    tensor: int = 8
+    rows: int = 1
+    """Of the batch."""
+    length: int = 131072
+    """Positions of the cache: the prompt and ``new`` tokens."""
+    new: int = 512
+    layers: int = 32
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def serve_8b_config(options: Serve8B) -> llm.LLMConfig:
+    """Llama 3.1 8B."""
+    scaling = RopeScaling("llama3", factor=8.0, original_length=8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    return llm.config(128256, options.layers, 4096, 32, kv_heads=8, hidden=14336, tie=False, length=131072,
+                      rope=Rope(128, 500000.0, scaling=scaling), eps=1e-5)  # fmt: skip
+
+
+def serve_programs(options: Serve8B, c: llm.LLMConfig, mesh) -> tuple[Program, Callable]:
+    """(prefill, what makes the decoding step of its result laid out as given)."""
+    bound = llm.bind(c, None, cache=cache.full())
+
+    def prefill(params, arrays, tokens):
+        return generation.prefill(Bound(bound.program, arrays, params), tokens, max_new=options.new, dtype=jnp.bfloat16)
+
+    def decode(params, arrays, state):
+        return generation.decode(Bound(bound.program, arrays, params), state, dtype=jnp.bfloat16)
+
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), jax.eval_shape(lambda: llm.init(c)))
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings(params, mesh))
+    tokens = jax.ShapeDtypeStruct((options.rows, options.length - options.new), jnp.int32, sharding=replicated(mesh))
+    fixed = (params, shapes(bound.arrays, replicated(mesh)))
+
+    def step(layout) -> Program:
+        state = jax.eval_shape(prefill, *fixed, tokens)[1]
+        state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout[1])
+        return Program(decode, (*fixed, state), (2,))
+
+    return Program(prefill, (*fixed, tokens)), step
+
+
+def serve_8b(options: Serve8B) -> None:
+    mesh = make_mesh(data=1, tensor=options.tensor, devices=topology(options.topology).devices)
+    c = serve_8b_config(options)
+    program, step = serve_programs(options, c, mesh)
+    found: dict[str, Any] = {"topology": options.topology, "mesh": {k: v for k, v in mesh.shape.items() if v > 1},
+                             "context": options.length, "layers": c.layers}  # fmt: skip
+    for phase in ("prefill", "decode"):
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            compiled = program.trace().lower().compile()
+        memory = compiled.memory_analysis()
+        found |= {f"{phase}: compile, s": round(time.perf_counter() - start, 1),
+                  **{f"{phase}: {name} bytes per device": getattr(memory, f"{name}_size_in_bytes")
+                     for name in ("argument", "output", "alias", "temp")},
+                  f"{phase}: peak bytes per device": memory.peak_memory_in_bytes}  # fmt: skip
+        program = step(compiled.output_shardings)
+        found["cache bytes"] = size(program.args[2].caches)
+        if phase == "prefill":
+            found["cache layout"] = str(program.args[2].caches[0].state.layer.k.sharding.spec)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        show(("of the service", "value"), [(k, f"{v:,}" if isinstance(v, int) else str(v)) for k, v in found.items()])
+
+
 def topology(name: str):
     """The TPU slice to compile for. Raises SystemExit where its compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
@@ -340,9 +413,10 @@ def main() -> None:
         Annotated[Layers, tyro.conf.subcommand("layers")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Train8B, tyro.conf.subcommand("train-8b")]
+        | Annotated[Serve8B, tyro.conf.subcommand("serve-8b")]
     )
     options = tyro.cli(commands, description=__doc__.split("\n\n")[0])
-    {Layers: layers, Decode: decode, Train8B: train_8b}[type(options)](options)
+    {Layers: layers, Decode: decode, Train8B: train_8b, Serve8B: serve_8b}[type(options)](options)
 
 
 if __name__ == "__main__":

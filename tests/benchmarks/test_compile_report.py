@@ -61,6 +61,22 @@ def test_a_decoding_step_holds_one_copy_of_the_cache_on_tpu():
     assert all(r["temp"] < 0.05 * r["cache"] and r["in place"] >= r["cache"] for r in found), found
 
 
+@pytest.mark.slow
+def test_an_8b_model_reads_and_continues_128k_tokens():
+    """On 8 TPU chips: the cache is cut by heads and written in place, and no program holds a map of all pairs."""
+    pytest.importorskip("libtpu", reason="compiles for a TPU: pip install 'jaxattn[tpu-aot]'")
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", "serve-8b", "--layers", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    cache = found["cache bytes"]
+    assert cache > 131072 * 2 * 8 * 128 * 2 and "tensor" in found["cache layout"], found
+    assert cache / 8 < found["prefill: output bytes per device"] < 1.1 * cache / 8
+    assert found["decode: alias bytes per device"] > cache / 8 and found["decode: temp bytes per device"] < 0.5 * cache, found
+    assert found["prefill: temp bytes per device"] < 8e9 < 131072**2, found
+
+
 def test_a_mesh_gathers_parameters_and_not_activations():
     """Gradients of a language model over fsdp x tensor: what is gathered has no axis of rows times tokens."""
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
