@@ -14,6 +14,8 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import types
+import typing
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -98,7 +100,8 @@ def parse(socket: str, text: str) -> Any:
     """Build the record that `"name"` or `"name:arg=value,arg=value"` describes.
 
     Values are Python literals (`64`, `0.1`, `True`, `None`, `(1, 2)`, `'text'`); a bare word is a string.
-    Raises ValueError for an unknown name, an unknown, repeated or missing argument, or an unreadable value.
+    Raises ValueError for an unknown name, an unknown, repeated or missing argument, an unreadable value, and a value of
+    another type than the factory's signature says.
     """
     name, _, tail = text.partition(":")
     return build(f"{socket} {name!r}", get(socket, name), tail)
@@ -185,3 +188,31 @@ def _check(what: str, factory: Callable, arguments: dict[str, Any]) -> None:
         wrong += f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(k if p.default is p.empty else f"{k}={p.default!r}" for k, p in accepted.items())
         raise ValueError(f"{what}: {wrong}; accepted: {listed or 'none'}")
+    try:
+        hints = typing.get_type_hints(factory)
+    except NameError:  # names of another module's type checking
+        hints = {}
+    for key, value in arguments.items():
+        if key in hints and not _fits(value, hints[key]):
+            wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
+            raise ValueError(f"{what}: argument {key!r}: expected {wanted}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from text is of an annotated type; types that cannot be written as text accept anything."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in inner)
+    if hint in (None, type(None)):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is tuple or origin is tuple:
+        ok = isinstance(value, (tuple, list))
+        if not ok or not inner:
+            return ok
+        same = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(same) == len(value) and all(_fits(v, h) for v, h in zip(value, same, strict=True))
+    return True

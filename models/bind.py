@@ -65,11 +65,12 @@ class StackProgram:
 @contract
 class Program:
     """A bound model without its arrays. ``stacks`` maps site names to StackPrograms; ``sites`` holds the transforms that
-    act between the stacks (name -> record)."""
+    act between the stacks (name -> record); ``newlines``: which rows that end lines of patches are read."""
 
     config: Any
     stacks: tuple
     sites: tuple = ()
+    newlines: str = "all"
 
     def stack(self, site: str) -> StackProgram:
         return dict(self.stacks)[site]

@@ -59,3 +59,31 @@ def test_families_register_by_being_there():
             factory = registry.get(socket, name)
             assert factory.__name__ == name and factory.__doc__, (socket, name)
             assert factory.__module__.split(".")[1] in registry.FAMILIES, factory.__module__
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("keep=many", "argument 'keep': expected int, got 'many'"),
+        ("keep=1.5", "argument 'keep': expected int, got 1.5"),
+        ("keep=true", "argument 'keep': expected int, got True"),
+        ("keep=1,alpha=x", "argument 'alpha': expected float, got 'x'"),
+        ("keep=1,layers=3", r"argument 'layers': expected tuple\[int, ...\] | None, got 3"),
+        ("keep=1,layers=(3,x)", "expected a Python literal"),
+        ("keep=1,grid=(1,2,3)", "argument 'grid'"),
+        ("keep=1,on=1", "argument 'on': expected bool, got 1"),
+    ],
+)
+def test_values_are_of_the_annotated_types(monkeypatch, text, message):
+    monkeypatch.setitem(registry._factories, "tokens", {})
+
+    @registry.register("tokens")
+    def typed(keep: int, alpha: float = 0.5, layers: tuple[int, ...] | None = None, grid: tuple[int, int] = (1, 1),
+              on: bool = False, anything: object = None):  # fmt: skip
+        return keep, alpha, layers, grid, on, anything
+
+    assert registry.parse("tokens", "typed:keep=2,alpha=1,layers=(3,),on=true,anything=(1,'x')") == (
+        2, 1, (3,), (1, 1), True, (1, "x"))  # fmt: skip
+    assert registry.parse("tokens", "typed:keep=2,layers=none")[2] is None
+    with pytest.raises(ValueError, match=message):
+        registry.parse("tokens", f"typed:{text}")

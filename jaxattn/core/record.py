@@ -6,6 +6,7 @@ function. Fields declared with :func:`operand` are what may change without compi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import field
 from typing import Any
@@ -208,6 +209,14 @@ def split(record, spec: Spec | None = None) -> tuple[Any, Any]:
             value, params[f.name] = _as_array(kind, value, spec)
         object.__setattr__(program, f.name, value)
     return program, params
+
+
+def settle(program, **fields):
+    """A record or program with other static fields, which are not checked again: for what only a forward pass knows."""
+    new = copy.copy(program)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)
+    return new
 
 
 def init_params(record, spec: Spec, key=None) -> dict:

@@ -31,6 +31,7 @@ from jaxattn.core.record import (
     init_params,
     is_contract,
     operand,
+    settle,
     split,
     static,
 )  # fmt: skip
@@ -329,5 +330,5 @@ def default_state(record, spec: Spec) -> State:
 __all__ = [
     "OPERAND", "Array", "Attention", "CachePolicy", "Call", "Const", "Ctx", "Meta", "Mixer", "Need", "Objective", "Part",
     "Sampler", "Selection", "Spec", "State", "Steering", "TokenTransform", "Tokens", "View", "bucket", "contract", "data",
-    "default_state", "expect", "init_params", "is_contract", "operand", "split", "static",
+    "default_state", "expect", "init_params", "is_contract", "operand", "settle", "split", "static",
 ]  # fmt: skip

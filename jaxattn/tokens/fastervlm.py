@@ -36,14 +36,14 @@ def fastervlm_scores(attention_cls: Array) -> Array:
 class _FasterVLM:
     keep: int = operand("budget")
     layer: int = -2
-    crops: int = 1
+    crops: int | None = None
     newlines: int = 0
     mode: str = "keep"
     positions: str = "original"
 
     def check(self):
         check_budget(self.keep, self.mode, self.positions)
-        expect("crops", self.crops, f"between 1 and keep = {self.keep}", 1 <= self.crops <= self.keep)
+        expect("crops", self.crops, f"None, or between 1 and keep = {self.keep}", 1 <= (self.crops or 1) <= self.keep)
         expect("newlines", self.newlines, "0 or more", self.newlines >= 0)
 
     def needs(self):
@@ -56,21 +56,22 @@ class _FasterVLM:
         n = tokens.x.shape[1]
         scores = evidence_rows(evidence, "cls", tokens)
         keep = choose(
-            scores, count_of(params, n - self.newlines), valid_rows(tokens), crops=self.crops,
+            scores, count_of(params, n - self.newlines), valid_rows(tokens), crops=self.crops or 1,
             always=newline_rows(tokens) if self.newlines else None,
-            crop=label(tokens, "crop") if self.crops > 1 else None,
+            crop=label(tokens, "crop") if (self.crops or 1) > 1 else None,
         )  # fmt: skip
         return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {"scores": scores}
 
 
 @register("tokens")
-def fastervlm(keep: int, layer: int = -2, crops: int = 1, newlines: int = 0, mode: str = "keep",
+def fastervlm(keep: int, layer: int = -2, crops: int | None = None, newlines: int = 0, mode: str = "keep",
               positions: str = "original"):
     """Keep the ``keep`` image tokens of largest [CLS] attention.
 
     Args:
       keep: image tokens per image, all crops together.  layer: of the vision tower, from the end if negative.
-      crops: number of crops; above 1, rows carry the label "crop" in [0, crops) and each crop keeps ``keep // crops``.
+      crops: number of crops, None: as many as the model made of the pictures. Above 1, rows carry the label "crop" in
+        [0, crops) and each crop keeps ``keep // crops``.
       newlines: rows labelled ``kind == KIND_NEWLINE``; they are kept besides ``keep``.
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh" (see ``core.reduce``).
     """  # fmt: skip

@@ -77,17 +77,17 @@ class _HiPrune:
     middle: int | None = None
     deep: int = -2
     width: int | None = None
-    crops: int = 1
+    crops: int | None = None
     newlines: int = 0
     mode: str = "keep"
     positions: str = "original"
 
     def check(self):
         check_budget(self.keep, self.mode, self.positions)
-        expect("crops", self.crops, f"between 1 and keep = {self.keep}", 1 <= self.crops <= self.keep)
+        expect("crops", self.crops, f"None, or between 1 and keep = {self.keep}", 1 <= (self.crops or 1) <= self.keep)
         expect("newlines", self.newlines, "0 or more", self.newlines >= 0)
         expect("alpha", self.alpha, "0 or more", self.alpha >= 0)
-        each = self.keep // self.crops
+        each = self.keep // (self.crops or 1)
         need = 5 * round(each * self.alpha / 5)
         expect("alpha", self.alpha, f"anchors with 4 neighbours each ({need}) within the {each} kept", need <= each)
 
@@ -110,8 +110,8 @@ class _HiPrune:
 
     def apply(self, params, state, tokens, evidence, ctx):
         b, n = tokens.x.shape[:2]
-        m = n - self.newlines
-        expect("tokens", f"{m} patches", f"a multiple of the {self.crops} crops", m % self.crops == 0)
+        m, crops = n - self.newlines, self.crops or 1
+        expect("tokens", f"{m} patches", f"a multiple of the {crops} crops", m % crops == 0)
         count, valid = count_of(params, m), valid_rows(tokens)
         middle, deep = (evidence_rows(evidence, name, tokens) for name in ("middle", "deep"))
         always = newline_rows(tokens) if self.newlines else None
@@ -120,10 +120,10 @@ class _HiPrune:
             patch = compact(~always, m)[0]
 
         def by_crop(x):
-            return gather_tokens(x, patch).reshape(b * self.crops, -1)
+            return gather_tokens(x, patch).reshape(b * crops, -1)
 
         mid, low, live = by_crop(middle), by_crop(deep), by_crop(valid)
-        each = count // self.crops
+        each = count // crops
         scores = hiprune_scores(mid, low, each, alpha=params["alpha"], width=self.width, valid=live)
         chosen = choose(scores, each, live).reshape(b, m)
         keep = scatter_tokens(jnp.zeros((b, n), bool) if always is None else always & valid, patch, chosen)
@@ -132,7 +132,7 @@ class _HiPrune:
 
 @register("tokens")
 def hiprune(keep: int, alpha: float = 0.1, middle: int | None = None, deep: int = -2, width: int | None = None,
-            crops: int = 1, newlines: int = 0, mode: str = "keep", positions: str = "original"):
+            crops: int | None = None, newlines: int = 0, mode: str = "keep", positions: str = "original"):
     """Keep ``keep`` image tokens in three roles: anchors, their neighbours, registers.
 
     Args:
@@ -140,7 +140,8 @@ def hiprune(keep: int, alpha: float = 0.1, middle: int | None = None, deep: int 
         0 keeps the largest of the deep layer.
       middle, deep: layers of the vision tower; ``middle=None`` is 3/8 of the depth (the 9th of CLIP-L's 24 layers).
       width: patches per line; None for square images (or crops).
-      crops: crops of equal size, their patches one after the other; each keeps ``keep // crops``.
+      crops: crops of equal size, their patches one after the other; each keeps ``keep // crops``. None: as many as the
+        model made of the pictures.
       newlines: rows labelled ``kind == KIND_NEWLINE``; they are kept besides ``keep``.
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh" (see ``core.reduce``).
     """  # fmt: skip

@@ -18,6 +18,7 @@ from models import sampling, stack
 from models.bind import Bound, Program, subset
 from models.language import llm
 from models.multimodal import vlm
+from models.multimodal.pictures import Pictures
 
 
 @data
@@ -49,7 +50,8 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     """Read the prompt; returns (logits [B, V] behind its last token, Decoding with the first new token sampled).
 
     tokens int32 [B, T] right-padded; lengths int32 [B] or None (all T); image [B, H, W, ch] for a vision-language model,
-    behind the first ``image_at`` (int or int32 [B]) tokens of each prompt (None: in front).
+    behind the first ``image_at`` (int or int32 [B]) tokens of each prompt (None: in front), or Pictures, which know their
+    places.
     """
     program, arrays, params = bound
     sampler = sampling.greedy() if sampler is None else sampler
@@ -63,30 +65,41 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     paired = is_paired(program)
     twice = (lambda x: jnp.concatenate([x, x])) if paired else (lambda x: x)
     if isinstance(program.config, vlm.VLMConfig):
-        expect("image", None if image is None else image.shape, "an image per prompt", image is not None)
-        first = program.config.visual
-        meta = vlm.around_image(program.config, _prompt_meta(lengths, t), image_at)
+        expect("image", None, "an image per prompt, or Pictures", image is not None)
+        meta = _prompt_meta(lengths, t)
+        if isinstance(image, Pictures):
+            expect("image.text", f"shape {image.text.shape}", f"one place for each of the tokens, {(b, t)}",
+                   image.text.shape == (b, t))  # fmt: skip
+            meta, after = image.text_meta(meta), image.after(lengths)
+        else:
+            meta, after = vlm.around_image(program.config, meta, image_at), program.config.visual + lengths
         text = llm.embed(params["llm"], program.config.llm, tokens, dtype)
         visual = vlm.see(bound, image, prompt=(text, meta.valid), dtype=dtype, key=key)
         if paired:  # the second half of the batch reads the same prompt without the image
-            seen = visual.meta.replace(valid=jnp.concatenate([visual.meta.valid, jnp.zeros_like(visual.meta.valid)]))
-            rest = visual.meta.replace(valid=None)
-            seen = jax.tree.map(twice, rest).replace(valid=seen.valid)
-            visual = vlm.Visual(twice(visual.x), seen, twice(visual.slot), {}, twice(visual.features), None)
+            visual = jax.tree.map(twice, visual.replace(tower=None, meta=_whole(visual.meta, visual.x)))
+            unseen = lambda m: m.replace(valid=m.valid & (jnp.arange(2 * b) < b)[:, None])  # noqa: E731
+            ends = visual.newlines
+            ends = None if ends is None else ends.replace(meta=unseen(ends.meta))
+            visual = visual.replace(meta=unseen(visual.meta), newlines=ends)
         out, _ = vlm.forward(bound, image, twice(tokens), meta=jax.tree.map(twice, meta), phase="prefill", dtype=dtype,
                              visual=visual, key=key, new_rows=max_new, image_at=_for_all(image_at, b, twice),
                              logits=False)  # fmt: skip
     else:
-        first = 0
+        after = lengths
         expect("steering", "a paired method", "one that needs no image in a language model", not paired)
         meta = _prompt_meta(lengths, t)
         out = llm.forward(bound, tokens, meta=meta, phase="prefill", dtype=dtype, key=key, new_rows=max_new, logits=False)
     hidden = jnp.take_along_axis(out.hidden[:b], (lengths - 1)[:, None, None], axis=1)
     c, weights = language(program)
     last = llm.head(weights(params), c, hidden)[:, 0]  # of one row: a vocabulary wide for the whole prompt is much
-    state = Decoding(jnp.zeros(b, jnp.int32), first + lengths, out.stack.caches, out.stack.states, sampling.fresh(sampler),
+    state = Decoding(jnp.zeros(b, jnp.int32), after, out.stack.caches, out.stack.states, sampling.fresh(sampler),
                      jnp.zeros(b, bool), jnp.int32(0), key)  # fmt: skip
     return last, _sample(sampler, sampler_params or {}, state, last, hidden[:, 0])
+
+
+def _whole(meta: Meta, x) -> Meta:
+    """Meta with a batch as long as that of its rows x [B, N, C]."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[0], *a.shape[1:])), meta)
 
 
 def _for_all(image_at, b: int, twice):
@@ -157,7 +170,7 @@ def generate(bound: Bound, tokens, *, steps: int, image=None, lengths=None, samp
     """New tokens int32 [B, steps]; rows that met ``stop`` are filled with ``pad`` behind it.
 
     Args:
-      tokens: int32 [B, T] prompts, right-padded.  lengths: int32 [B] or None.  image: [B, H, W, ch] for a VLM.
+      tokens: int32 [B, T] prompts, right-padded.  lengths: int32 [B] or None.  image: [B, H, W, ch], or Pictures, for a VLM.
       image_at: int or int32 [B], tokens of each prompt that come before the image; None: all follow it.
       sampler: ``sampling.greedy()`` (default) or ``sampling.sample(...)``.
     """

@@ -2,9 +2,12 @@
 
     python -m models.generate PATH --prompt "Why is the sky blue?" --chat --cache h2o:budget=512
     python -m models.generate PATH --image photo.jpg --prompt "What is this?" --tokens hiprune:keep=64 --attention flexprefill
+    python -m models.generate PATH --image a.jpg --image b.jpg --prompt "<image> or <image>?" --tokens llm.8=uniform:keep=32
 
-Every method given is run alone, and all together where there are several, after a run without any. Each is compiled in a
-first, silent pass; numbers are of the second.
+A run without methods comes first, then each method alone, then all of them together where no two are rivals for one place
+(two caches, two attentions, two token methods at one site). Each way is compiled in a first, silent pass (the prompt and one
+step); what is timed and printed is a second one. Mistakes end with one line and exit code 2, methods that fail on this
+prompt with exit code 1, ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -46,13 +49,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("path", help="directory with config.json, *.safetensors and tokenizer.json")
     p.add_argument("--prompt", required=True, help="what to continue, or to answer with --chat")
     p.add_argument("--chat", action="store_true", help="render the prompt with the checkpoint's chat template")
-    p.add_argument("--image", help="a picture, for a vision-language model")
+    p.add_argument("--image", help="a picture, for a vision-language model; several in the order of the prompt's image tokens "
+                   "(where it has none, they come first)", action="append", default=[])  # fmt: skip
     p.add_argument("--steps", type=int, default=64, help="tokens at most (64)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights and the computation; default: as stored")
-    p.add_argument("--cache", help="a cache policy, name:arg=value,arg=value")
-    p.add_argument("--attention", help="an attention or a sparse pattern, name:arg=value")
-    p.add_argument("--steering", help="a steering method, name:arg=value")
-    p.add_argument("--tokens", help="a token method, name:arg=value or site=name:arg=value with a site such as vision or llm.8")
+    many = dict(action="append", default=[])
+    p.add_argument("--cache", help="a cache policy, name:arg=value,arg=value; this and the following may be repeated", **many)
+    p.add_argument("--attention", help="an attention or a sparse pattern, name:arg=value", **many)
+    p.add_argument("--steering", help="a steering method, name:arg=value", **many)
+    p.add_argument("--tokens", help="a token method, name:arg=value or site=name:arg=value with a site such as vision or llm.8",
+                   **many)  # fmt: skip
     return p
 
 
@@ -60,36 +66,68 @@ def sockets_of(args, config) -> dict[str, dict]:
     """{label: sockets} of every method on the command line; ValueError names what a method does not take."""
     found = {}
     for socket in ("cache", "attention", "steering"):
-        if text := getattr(args, socket):
+        for text in getattr(args, socket):
             registry.parse(socket, text)
             found[f"{socket} {text}"] = {socket: text}
-    if args.tokens:
-        site, text = SITE.match(args.tokens), args.tokens
-        text = text[site.end() :] if site else text
+    for given in args.tokens:
+        site = SITE.match(given)
+        text = given[site.end() :] if site else given
         vlm = isinstance(config, VLMConfig)
         record = as_record("tokens", text, (config.llm if vlm else config).layers)
         default = "llm" if hasattr(record, "schedule") or not vlm else "vision"
-        found[f"tokens {args.tokens}"] = {"reduce": {site.group()[:-1] if site else default: text}}
+        found[f"tokens {given}"] = {"reduce": {site.group()[:-1] if site else default: text}}
     return found
+
+
+def together(methods: dict[str, dict]) -> dict | None:
+    """The sockets of all methods at once; None where two of them want one place."""
+    joined: dict = {"reduce": {}, "steering": ()}
+    for sockets in methods.values():
+        for socket, value in sockets.items():
+            if socket == "steering":
+                joined[socket] += (value,)
+                continue
+            slots, more = (joined["reduce"], value) if socket == "reduce" else (joined, {socket: value})
+            if slots.keys() & more.keys():
+                return None
+            slots.update(more)
+    return {socket: value for socket, value in joined.items() if value}
+
+
+def _chat(text: Text, content) -> str:
+    try:
+        return text.chat([{"role": "user", "content": content}])
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"--chat: the checkpoint's template refused the prompt: {error}") from None
 
 
 def prompt_of(args, config, raw: dict, text: Text) -> dict:
     """The arguments of ``stream``: tokens and, for a vision-language model, the image and where it stands."""
     vlm = isinstance(config, VLMConfig)
     if vlm != bool(args.image):
-        raise ValueError(f"--image: expected {'a picture' if vlm else 'none'} for a {raw['model_type']}, got {args.image!r}")
-    content = [{"type": "image"}, {"type": "text", "text": args.prompt}] if vlm else args.prompt
-    words = text.chat([{"role": "user", "content": content}]) if args.chat else args.prompt
+        wanted = "a picture" if vlm else "none"
+        raise ValueError(f"--image: expected {wanted} for a {raw['model_type']}, got {args.image or None}")
+    kinds = [{"type": "image"} for _ in args.image]
+    content = [*kinds, {"type": "text", "text": args.prompt}] if vlm else args.prompt
+    words = _chat(text, content) if args.chat else args.prompt
     if not vlm:
         return {"tokens": text.batch([words], special=not args.chat)[0]}
-    from PIL import Image
-
-    token = raw.get("image_token_index", raw.get("image_token_id"))
+    known = {**load.FAMILIES[raw["model_type"]].defaults, **raw}
+    token = known.get("image_token_index", known.get("image_token_id"))
     name = text.tokenizer.id_to_token(token)
-    words = words if name in words else f"{name}\n{words}"
-    tokens, _, image_at = multimodal.place_image(text.batch([words], special=not args.chat)[0], token)
-    picture = images.prepare(Image.open(args.image), images.read_processor(args.path))
-    return {"tokens": tokens, "image": jnp.asarray(picture)[None], "image_at": image_at}
+    if name is None:
+        raise ValueError(f"path: expected a tokenizer with the image token {token} of config.json")
+    words = words if name in words else name * len(args.image) + f"\n{words}"
+    fields = images.read_processor(args.path)
+    seen = [images.crops(images.read_picture(file), fields) for file in args.image]
+    tokens = text.batch([words], special=not args.chat)[0]
+    marks = int((tokens == token).sum())
+    if marks != len(seen):
+        raise ValueError(f"--prompt: expected {len(seen)} {name}, one for each --image, got {marks}")
+    tokens, _, found = multimodal.place_pictures(config, tokens, token, [seen])
+    return {"tokens": tokens, "image": jax.tree.map(jnp.asarray, found)}
 
 
 def run(label: str, bound: Bound, prompt: dict, text: Text, steps: int, dtype, out) -> Run:
@@ -145,16 +183,21 @@ def main(argv: list[str] | None = None, out=None) -> list[Run]:
         methods = sockets_of(args, config)
         prompt = prompt_of(args, config, raw, text)
         ways = {"without methods": {}, **methods}
-        if len(methods) > 1:
-            ways["all together"] = {k: v for sockets in methods.values() for k, v in sockets.items()}
+        if len(methods) > 1 and (every := together(methods)):
+            ways["all together"] = every
         family = load.FAMILIES[raw["model_type"]].model
         models = {label: family.bind(config, bound.params, **{"cache": "full", **sockets}) for label, sockets in ways.items()}
     except (ValueError, OSError, ImportError) as error:
         p.error(str(error))
     dtype = None if args.dtype is None else np.dtype(jnp.dtype(args.dtype))
     runs = []
-    for label, model in models.items():
-        out.write(f"--- {label}\n")
-        runs.append(run(label, model, prompt, text, args.steps, dtype, out))
+    try:
+        for label, model in models.items():
+            out.write(f"--- {label}\n")
+            runs.append(run(label, model, prompt, text, args.steps, dtype, out))
+    except ValueError as error:  # what only shows where a method meets this model and prompt
+        p.exit(1, f"{p.prog}: {label}: {error}\n")
+    except KeyboardInterrupt:
+        p.exit(130, "\n")
     out.write(f"\n{table(runs)}\n")
     return runs

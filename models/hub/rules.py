@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     name: of the stored tensor; "{i}" stands for the layer.  path: of our parameter; below "layers/" it has a leading layer
       axis.
     layout: how (a part of) the stored tensor is seen: "same"; "transpose" ([out, in] as [in, out]); "conv" ([out, ch, p, p]
-      as [p * p * ch, out]); "rows" ([..., C] as [rows, C]).
+      as [p * p * ch, out], or [out, ch, t, p, p] as [t * p * p * ch, out]); "rows" ([..., C] as [rows, C]).
     shape: of the stored tensor, where the parameter's does not say.
     part: rows [a, b) of the stored tensor that this parameter takes.  rows: rows [a, b) of the parameter that it fills.
     """
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
         x = stored.reshape(-1, stored.shape[-1]) if self.layout == "rows" else stored
         x = x if self.part is None else x[slice(*self.part)]
         if self.layout == "conv":
-            return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+            return x.transpose(*range(2, x.ndim), 1, 0).reshape(-1, x.shape[0])
         return x.T if self.layout == "transpose" else x
 
     def put(self, stored: np.ndarray, value: np.ndarray) -> None:
@@ -53,8 +53,9 @@ class Piece(NamedTuple):
         x = stored.reshape(-1, stored.shape[-1]) if self.layout == "rows" else stored
         x = x if self.part is None else x[slice(*self.part)]
         if self.layout == "conv":
-            out, channels, height, width = self.shape
-            value = value.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
+            out, channels, *window = self.shape
+            value = value.reshape(*window, channels, out)
+            value = value.transpose(value.ndim - 1, value.ndim - 2, *range(len(window)))
         x[...] = value.T if self.layout == "transpose" else value
 
 

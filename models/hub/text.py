@@ -57,7 +57,10 @@ def read_text(path: str | Path) -> Text:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"path: expected tokenizer.json in {folder} (other tokenizer formats are not read)")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{file}: not a tokenizer: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     config = _json(folder / "tokenizer_config.json")

@@ -35,7 +35,9 @@ def _read(f: Fields, hidden: int, activation: str, **vit_fields) -> vit.ViTConfi
 
 def _classes(f: Fields, names, keys: tuple[str, ...]) -> int:
     """Outputs of the classifier where one is stored; transformers counts id2label and assumes two labels."""
-    f.inert("pooler_act", "pooler_output_size", "encoder_stride")  # heads that are kept but not run
+    f.only("pooler_act", "tanh")
+    f.only("pooler_output_size", f("hidden_size"))
+    f.inert("encoder_stride")  # of the pre-training head
     return len(f("id2label", None) or range(f("num_labels", 2))) if any(k in names for k in keys) else 0
 
 
@@ -43,15 +45,22 @@ def _with_bias(c: vit.ViTConfig, f: Fields) -> vit.ViTConfig:
     return dataclasses.replace(c, block=dataclasses.replace(c.block, qkv_bias=bool(f("qkv_bias", True))))
 
 
+def _pool(names, classes: int) -> str:
+    """The pooler of a checkpoint without a classifier (beside one nothing reads it)."""
+    return "tanh" if "pooler.dense.weight" in names and not classes else ""
+
+
 def read_vit(f: Fields, names) -> vit.ViTConfig:
-    c = _read(f, f.size("intermediate_size"), "gelu", special_positions=1, classes=_classes(f, names, ("classifier.weight",)))
+    classes = _classes(f, names, ("classifier.weight",))
+    c = _read(f, f.size("intermediate_size"), "gelu", special_positions=1, classes=classes, pool=_pool(names, classes))
     return _with_bias(c, f)
 
 
 def read_deit(f: Fields, names) -> vit.ViTConfig:
     distilled = "distillation_classifier.weight" in names
     classes = _classes(f, names, ("classifier.weight",))
-    c = _read(f, f.size("intermediate_size"), "gelu", registers=1, special_positions=2, classes=classes, distilled=distilled)
+    c = _read(f, f.size("intermediate_size"), "gelu", registers=1, special_positions=2, classes=classes, distilled=distilled,
+              pool=_pool(names, classes))  # fmt: skip
     return _with_bias(c, f)
 
 
@@ -67,13 +76,21 @@ def read_siglip(f: Fields, names) -> vit.ViTConfig:
 
 
 def read_dinov2(f: Fields, names) -> vit.ViTConfig:
-    f.only("use_swiglu_ffn", False)
+    gated = bool(f("use_swiglu_ffn", False))
     f.inert("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names", "use_mask_token")
     classes = _classes(f, names, ("classifier.weight",))
     registers = f("num_register_tokens", 4) if f("model_type", "dinov2") == "dinov2_with_registers" else 0
-    c = _read(f, f.size("mlp_ratio", 4) * f.size("hidden_size"), "gelu", registers=registers, special_positions=1,
+    hidden = f.size("mlp_ratio", 4) * f.size("hidden_size")
+    c = _read(f, _swiglu(hidden) if gated else hidden, "gelu", registers=registers, special_positions=1,
               layer_scale=True, classes=classes, pool="cls_mean" if classes else "")  # fmt: skip
+    if gated:  # whatever hidden_act says
+        c = dataclasses.replace(c, block=dataclasses.replace(c.block, gated=True, activation="silu"))
     return _with_bias(c, f)
+
+
+def _swiglu(hidden: int) -> int:
+    """Width of DINOv2's gated feed-forward: two thirds, in steps of 8."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def write(c: vit.ViTConfig, family: str) -> dict:
@@ -88,7 +105,11 @@ def write(c: vit.ViTConfig, family: str) -> dict:
                  num_attention_heads=b.heads, hidden_act=names[b.activation], layer_norm_eps=short(b.eps), image_size=image,
                  patch_size=c.patch, num_channels=c.channels)  # fmt: skip
     if family.startswith("dinov2"):
-        found |= dict(mlp_ratio=b.hidden // b.dim, use_swiglu_ffn=False)
+        widths = {(_swiglu(r * b.dim) if b.gated else r * b.dim): r for r in range(16, 0, -1)}
+        if b.hidden not in widths:
+            raise ValueError(f"config: expected a feed-forward of a DINOv2, one of {sorted(widths)} wide, got {b.hidden}")
+        found |= dict(mlp_ratio=widths[b.hidden], use_swiglu_ffn=b.gated)
+        found |= dict(hidden_act="gelu") if b.gated else {}
         found |= dict(num_register_tokens=c.registers) if family.endswith("registers") else {}
     else:
         found |= dict(intermediate_size=b.hidden)
@@ -105,7 +126,8 @@ def write(c: vit.ViTConfig, family: str) -> dict:
 def family_of(c: vit.ViTConfig) -> str:
     """The family that has a configuration's features, else ValueError."""
     b = c.block
-    plain = b.norm == "layer" and not b.gated and b.rope is None and c.stem in (0, c.patch) and not c.stem_hidden
+    plain = b.norm == "layer" and b.rope is None and c.stem in (0, c.patch) and not c.stem_hidden
+    plain = plain and (not b.gated or b.layer_scale)
     if plain and c.post_norm and b.out_bias and b.mlp_bias and not b.qk_norm:
         if not c.cls and not c.registers:
             return "siglip_vision_model"
@@ -138,6 +160,11 @@ def layer_rules(c, at: str, names: dict[str, str]) -> list[Rule]:
     for ours in "qkv":
         rules += dense(at + names[ours], f"layers/attn/{ours}", b.qkv_bias)
     rules += dense(at + names["o"], "layers/attn/o", b.out_bias)
+    if b.gated:  # one stored tensor for gate and up
+        for ours, part in (("gate", (0, b.hidden)), ("up", (b.hidden, 2 * b.hidden))):
+            rules += [Rule(f"{at}mlp.weights_in.weight", f"layers/mlp/{ours}/kernel", "transpose", (2 * b.hidden, b.dim), part),
+                      Rule(f"{at}mlp.weights_in.bias", f"layers/mlp/{ours}/bias", "same", (2 * b.hidden,), part)]  # fmt: skip
+        return rules + dense(f"{at}mlp.weights_out", "layers/mlp/down", True)
     return rules + dense(at + names["up"], "layers/mlp/up", True) + dense(at + names["down"], "layers/mlp/down", True)
 
 
@@ -161,6 +188,8 @@ def _bert_like(c: vit.ViTConfig, names: dict, special: tuple[str, ...]) -> list[
     rules = [*_special(c, *(f"embeddings.{s}" for s in special)), *_patch(c, "embeddings.patch_embeddings.projection"),
              *_positions(c, "embeddings.position_embeddings", True), *layer_rules(c, "encoder.layer.{i}.", names),
              *norm("layernorm", "norm", True)]  # fmt: skip
+    if c.pool == "tanh":
+        rules += dense("pooler.dense", "pooler", True)
     if c.block.layer_scale:
         rules += [Rule(f"encoder.layer.{{i}}.layer_scale{n}.lambda1", f"layers/scale{n}/scale") for n in (1, 2)]
     return rules

@@ -7,18 +7,20 @@ the arrays that later layers see), what order means is a matter of Meta.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxattn.core import mask as masks
-from jaxattn.core.types import Array, Ctx, Meta, contract, data, expect, split
+from jaxattn.core.types import Array, Ctx, Meta, Tokens, contract, data, expect, settle, split
 from jaxattn.nn import layers
 from models import evidence as ev
 from models import stack
 from models.bind import Bound, Program, absolute, as_record, bind_stack, left, needs_of, params_of, scheduled, subset
 from models.language import llm
+from models.multimodal import pictures
 from models.vision import vit
 
 
@@ -29,6 +31,8 @@ class VLMConfig:
     select: which layer's output the language model reads, as in Hugging Face (-1 last, -2 the one before).
     skip: the projector adds its input (same widths).  position: learned 2-D positions added after the projector, indexed by
       the original token.
+    newline: a learned row ends each line of a picture read as tiles.  pinpoints: (height, width) that a picture may be fitted
+      into, multiples of the tower's; () where a picture is one crop.  See ``models.multimodal.pictures``.
     """
 
     vision: vit.ViTConfig
@@ -38,6 +42,13 @@ class VLMConfig:
     projector_norm: bool = False
     position: bool = False
     activation: str = "gelu"
+    newline: bool = False
+    pinpoints: tuple = ()
+
+    def check(self):
+        height, width = self.vision.image
+        ok = not self.pinpoints or (height == width and not any(s % height or s < 1 for p in self.pinpoints for s in p))
+        expect("pinpoints", self.pinpoints, f"(height, width) in multiples of a square tower's image, {self.vision.image}", ok)
 
     @property
     def visual(self) -> int:
@@ -49,31 +60,36 @@ class VLMConfig:
 
 
 class Projector(nnx.Module):
-    """Two dense maps with an activation; optionally a norm in front and learned positions behind."""
+    """Two dense maps with an activation, of blocks of patches where the tower merges them; optionally a norm in front and
+    learned positions behind."""
 
     def __init__(self, c: VLMConfig, *, rngs: nnx.Rngs):
         wide, dim = c.vision.block.dim, c.llm.block.dim
         if c.projector_norm:
-            self.norm = layers.Norm(wide, kind="layer")
-        self.up = layers.Dense(wide, c.projector_hidden, bias=True, rngs=rngs)
+            self.norm = layers.Norm(wide, kind=c.vision.block.norm)
+        self.up = layers.Dense(wide * c.vision.merge**2, c.projector_hidden, bias=True, rngs=rngs)
         self.down = layers.Dense(c.projector_hidden, dim, bias=True, rngs=rngs)
         if c.position:
             self.pos = nnx.Param(jnp.asarray(vit.sincos_2d(*c.vision.grid, dim)) * 0.5)
 
 
 class VLM(nnx.Module):
-    """Parameters: vision, projector, llm."""
+    """Parameters: vision, projector, llm and, with newlines, newline [C]."""
 
     def __init__(self, c: VLMConfig, *, rngs: nnx.Rngs):
         self.config = c
         self.vision = vit.ViT(c.vision, rngs=rngs)
         self.projector = Projector(c, rngs=rngs)
         self.llm = llm.LLM(c.llm, rngs=rngs)
+        if c.newline:
+            dim = c.llm.block.dim
+            self.newline = nnx.Param(jax.random.normal(rngs.params(), (dim,)) * dim**-0.5)
 
 
 @data
 class Visual:
-    """What the language model gets to see of an image: rows [B, K, C] with Meta, and the evidence found on the way."""
+    """What the language model gets to see of an image: rows [B, K, C] with Meta, and the evidence found on the way;
+    ``newlines``: rows [B, L, C] that end its lines, or None."""
 
     x: Array
     meta: Meta
@@ -81,22 +97,30 @@ class Visual:
     evidence: dict
     features: Array
     tower: stack.StackOut
+    newlines: Tokens | None = None
 
 
 def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steering=None, vision_attention=None, remat=False,
-         trained=None, key=None) -> Bound:  # fmt: skip
+         trained=None, key=None, newlines: str = "all") -> Bound:  # fmt: skip
     """Bind sockets. ``reduce`` maps sites to token methods: "vision.6" (inside the tower), "vision" (its output,
     or a method with a schedule of its own inside it),
     "project" (after the projector), "llm.8" (before layer 8), "llm" (a method with a schedule of its own). attention, cache
-    and steering act in the language model, ``vision_attention`` in the tower."""
+    and steering act in the language model, ``vision_attention`` in the tower.
+
+    A budget inside the tower is of each crop; behind it, of all pictures of a prompt. newlines: which newline rows a
+    model that has them reads: "all", whatever was dropped, "line": where a patch of their line is left in front of the
+    language model, "none". Token methods never see them.
+    """
+    expect("newlines", repr(newlines), f"one of {pictures.NEWLINES}", newlines in pictures.NEWLINES)
     tower, between, language = {}, {}, {}
     for site, record in (reduce or {}).items():
         family, _, layer = site.partition(".")
         if family == "vision" and layer:
+            expect("reduce", site, "a site behind the tower, whose patches are merged in blocks", c.vision.merge == 1)
             tower[layer] = record
         elif site in ("vision", "project"):
             record = as_record("tokens", record, c.vision.layers)
-            staged = site == "vision" and hasattr(record, "schedule")
+            staged = site == "vision" and hasattr(record, "schedule") and c.vision.merge == 1
             (tower if staged else between)["" if staged else site] = record
             if not staged and hasattr(record, "schedule"):
                 raise ValueError(f"reduce[{site!r}]: {record} cuts a stack at several layers; bind it to 'llm'")
@@ -111,6 +135,7 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
     rows = c.visual  # what each transform leaves for the next one: a budget beyond it is an error here, with its name
     for _, record in scheduled(tower, c.vision.layers, "vision"):
         rows = left(record, rows)
+    rows = None if c.pinpoints or not c.vision.positions else rows  # as many as a picture asks for
     for site in ("vision", "project"):
         rows = left(between[site], rows) if site in between else rows
     l_program, l_operands, l_fresh = bind_stack(c.llm.block, c.llm.layers, "llm", attention=attention, reduce=language,
@@ -128,7 +153,7 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
         extra.extend(needs_of(program))
     extra += [need for cut in l_program.cuts for need in needs_of(cut.transform)]
     v_program = _with_needs(v_program, extra)
-    program = Program(c, (("vision", v_program), ("llm", l_program)), tuple(sites))
+    program = Program(c, (("vision", v_program), ("llm", l_program)), tuple(sites), newlines)
     return Bound(program, {"operands": operands, "trained": fresh}, params)
 
 
@@ -143,7 +168,12 @@ def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", who
     program, arrays, params = bound
     c: VLMConfig = program.config
     stack_program, mine = program.stack("vision"), subset(arrays, "vision")
-    streams = vit.embed(params["vision"], c.vision, image, dtype)
+    inside = getattr(image, "inside", None)
+    image = pictures.crops_first(image) if isinstance(image, pictures.Pictures) else image
+    if inside is None:
+        streams = vit.embed(params["vision"], c.vision, image, dtype)
+    else:
+        streams = vit.embed_rows(params["vision"], c.vision, image, inside, dtype)
     out = stack.run(params["vision"], stack_program, mine, streams, phase=phase, stop=c.run_layers)
     rest = None
     if whole and c.run_layers < c.vision.layers:
@@ -152,10 +182,12 @@ def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", who
 
 
 def project(params: dict, c: VLMConfig, x: Array, original: Array) -> Array:
-    """Feature rows [B, K, Cv] to language width; ``original`` int32 [B, K] says which patch each row was."""
+    """Feature rows [B, K, Cv] to language width; ``original`` int32 [B, K] says which patch each row was. Where the tower
+    merges, each run of ``merge ** 2`` rows becomes one."""
     p = params["projector"]
     if c.projector_norm:
         x = layers.norm(p["norm"], x, 1e-6)
+    x = x.reshape(x.shape[0], -1, x.shape[2] * c.vision.merge**2)
     y = layers.dense(p["down"], layers.ACTIVATIONS[c.activation](layers.dense(p["up"], x)))
     if c.position:
         y = y + jnp.take(p["pos"].astype(y.dtype), original, axis=0)
@@ -163,7 +195,7 @@ def project(params: dict, c: VLMConfig, x: Array, original: Array) -> Array:
 
 
 def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "prefill", key=None, out=None) -> Visual:
-    """Image to the visual rows of the language model: tower, reductions, projector.
+    """Image (or Pictures) to the visual rows of the language model: tower, reductions, projector.
 
     Args: prompt: Tokens-like (x [B, T, C], valid [B, T]) of the prompt's embeddings, for methods that read the text.
       out: a tower result computed before.
@@ -177,32 +209,61 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
         late = any(int(need.at.rsplit(".", 1)[1]) >= c.run_layers for need in needs.values() if not need.at.endswith("*"))
         out, rest = tower(bound, image, dtype=dtype, phase=phase, whole=late)
     streams = out.streams
-    features = streams.tokens("vision")
+    features, many = streams.tokens("vision"), isinstance(image, pictures.Pictures)
     start, stop = streams.span("vision")
     seen = {**out.evidence, **(rest.evidence if rest is not None else {})}
     found = {name: ev.columns(needs[name], x, start, stop) for name, x in seen.items() if name in needs}
     if program.stack("vision").cuts:  # facts about the tower's rows, told of its patches: they follow the slots from here
         spread = {name: ev.unfollow(x, features.slot) for name, x in found.items() if needs[name].what in ev.PER_KEY}
         found = {**found, **spread}
+    special, whole = streams.tokens("special").x if c.vision.special else None, image
+    merged = c.vision.merge**2
+    if merged > 1:  # a block of patches is one token to every method behind the tower
+        found = {name: pictures.merge_fact(needs[name].what, x, merged) for name, x in found.items()}
+        x = project(params, c, features.x, None)
+        features = Tokens(x, Meta.of(x.shape[1]).replace(valid=features.meta.valid[:, ::merged]))
+    if many:
+        expect("image", "Pictures", "one image per prompt for a projector with positions", not c.position)
+        found = {name: pictures.fold_fact(image, needs[name].what, x) for name, x in found.items()}
+        features = pictures.fold_tokens(image, features)
+        streams = stack.streams_of({"vision": (features.x, features.meta)})
+        streams = streams if features.slot is None else streams.replace(slots={"vision": features.slot})
+        special = None if special is None else special[:: image.crops]
+        whole = pictures.one_image(image, c.vision.grid, c.vision.patch) if c.vision.positions else None
     facts = {**seen, **found, "features": features.x, "text": prompt}
-    special = streams.tokens("special").x if c.vision.special else None
-    extra = {"image": image, "special": special, "project": lambda x: project(params, c, x, jnp.zeros(x.shape[:2], jnp.int32))}
+    towards = (lambda x, _: x) if merged > 1 else functools.partial(project, params, c)  # what is merged is projected already
+    extra = {"image": whole, "special": special, "project": lambda x: towards(x, jnp.zeros(x.shape[:2], jnp.int32))}
     ctx = Ctx(phase=phase, site="vision", key=key, spec=c.vision.block.spec(c.vision.layers))
     record = program.transform("vision")
     site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
     if record is not None:
+        record = _of_crops(record, image)
         streams = stack.transform(record, params_of(site_arrays, "vision"), streams, "vision", facts | extra, ctx)
     kept = streams.tokens("vision")
-    x = project(params, c, kept.x, kept.meta.pos)
+    record = program.transform("project")
+    kept = pictures.in_order(kept, image.rows) if many and record is None else kept  # padding is not projected
+    x = towards(kept.x, kept.meta.pos)
     groups = {"vision": (x, kept.meta)}
     visual = stack.streams_of(groups)
     visual = visual.replace(slots={"vision": kept.slot})
-    record = program.transform("project")
     if record is not None:
+        record = _of_crops(record, image)
         ctx = Ctx(phase=phase, site="project", key=key, spec=ctx.spec)
         visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts | extra, ctx)
-    rows = visual.tokens("vision")
-    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out)
+    rows, ends = visual.tokens("vision"), None
+    rows = pictures.in_order(rows, image.rows) if many and record is not None else rows
+    if many and c.newline and image.newlines is not None:
+        ends = pictures.newline_rows(image, params["newline"].astype(rows.x.dtype), rows.meta, program.newlines)
+    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out, ends)
+
+
+def _of_crops(record, image):
+    """A method that shares its budget among crops, for as many as there are, where it does not say."""
+    if getattr(record, "crops", 1) is not None:
+        return record
+    crops = image.crops if isinstance(image, pictures.Pictures) else 1
+    expect("keep", record.keep, f"at least one row for each of {crops} crops", record.keep >= crops)
+    return settle(record, crops=crops)
 
 
 def around_image(c: VLMConfig, meta: Meta, image_at=None) -> Meta:
@@ -225,23 +286,31 @@ def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
 def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = None, mask=None, phase: str = "train", dtype=None,
             visual: Visual | None = None, key=None, new_rows: int = 0, image_at=None, logits: bool = True,
             **run) -> tuple[llm.LLMOut, Visual]:  # fmt: skip
-    """Image [B, H, W, ch] and text tokens int32 [B, T] around it to the text rows' logits [B, T, V].
+    """Image [B, H, W, ch] (or Pictures) and text tokens int32 [B, T] around it to the text rows' logits [B, T, V].
 
-    meta: default positions make room for the image.  visual: rows of ``see`` computed before.
+    meta: default positions make room for the image, or are those of the Pictures.  visual: rows of ``see`` computed before.
     image_at: int or int32 [B], text rows that come before the image; None: all text follows it.
     """
     program, arrays, params = bound
     c: VLMConfig = program.config
     expect("tokens", f"shape {tokens.shape}", "[batch, tokens]", tokens.ndim == 2)
-    meta = around_image(c, llm.text_meta(tokens), image_at) if meta is None else meta
+    many = isinstance(image, pictures.Pictures)
+    expect("image_at", image_at, "None with Pictures, which know their places", image_at is None or not many)
+    if meta is None:
+        meta = llm.text_meta(tokens)
+        meta = image.text_meta(meta) if many else around_image(c, meta, image_at)
     text = llm.embed(params["llm"], program.config.llm, tokens, dtype)
     if visual is None:
         visual = see(bound, image, prompt=(text, meta.valid), dtype=dtype, phase=phase, key=key)
+    expect("image", f"{visual.x.shape[0]} of them", f"one for each of the {len(tokens)} prompts", len(visual.x) == len(tokens))
     seen = visual.meta
     if image_at is not None:
         before = jnp.asarray(image_at, jnp.int32).reshape(-1, 1)
         seen = seen.replace(pos=seen.pos + before, rope=None if seen.rope is None else seen.rope + before)
-    streams = stack.streams_of({"vision": (visual.x, seen), "text": (text, meta)})
+    groups = {"vision": (visual.x, seen), "text": (text, meta)}
+    if visual.newlines is not None:
+        groups["newline"] = (visual.newlines.x, visual.newlines.meta)
+    streams = stack.streams_of(groups)
     streams = streams.replace(slots={**streams.slots, "vision": visual.slot})
     out = stack.run(params["llm"], program.stack("llm"), subset(arrays, "llm"), streams, phase=phase, mask=mask, key=key,
                     evidence=visual.evidence, new_rows=new_rows, **run)  # fmt: skip

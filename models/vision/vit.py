@@ -27,8 +27,12 @@ class ViTConfig:
     special_positions: how many special rows, from the front, have learned positions of their own.  crop: pixels behind the
       last whole patch are not seen (a convolution without padding).
     pool: "" (CLS, or the mean of patches) | "cls_mean" (the classifier reads CLS and the mean, DINOv2) | "probe" (attention
-      of one learned query, then a feed-forward: SigLIP).  distilled: a second classifier on the row behind CLS, logits are
-      the mean of both (DeiT).
+      of one learned query, then a feed-forward: SigLIP) | "tanh" (a dense map of CLS and tanh, no classifier: ViT).
+    frames: copies of a still that the stem reads (a video tower).  positions: learned ones; without them pictures come in any
+      size, as ``pictures.Pictures`` of rows, ``image`` is (0, 0) and the layers turn queries and keys by row and column.
+    merge: side of the block of patches that becomes one token behind the tower.  window: patches per side of the windows that
+      layers without full attention see; the layer's ``block.window`` is then the label "window".
+    distilled: a second classifier on the row behind CLS, logits are the mean of both (DeiT).
     """
 
     image: tuple
@@ -49,15 +53,24 @@ class ViTConfig:
     crop: bool = False
     pool: str = ""
     distilled: bool = False
+    frames: int = 1
+    positions: bool = True
+    merge: int = 1
+    window: int = 0
 
     def check(self):
+        if not self.positions:
+            expect("image", self.image, "(0, 0) for a tower of pictures of any size", tuple(self.image) == (0, 0))
+            expect("window", self.window, f"whole blocks of {self.merge} patches", self.window % self.merge == 0)
+            return
         whole = self.crop or not any(s % self.patch for s in self.image)
         expect("image", self.image, f"(height, width) in multiples of the patch, {self.patch}",
                len(self.image) == 2 and min(self.image) >= self.patch and whole)  # fmt: skip
         expect("special_positions", self.special_positions, f"at most the {self.special} special rows",
                0 <= self.special_positions <= self.special)  # fmt: skip
-        expect("pool", self.pool, "'', 'cls_mean' (with cls) or 'probe'",
-               self.pool in ("", "probe") or (self.pool == "cls_mean" and self.cls))  # fmt: skip
+        expect("pool", self.pool, "'', 'cls_mean' (with cls), 'probe' or 'tanh' (with cls, without classes)",
+               self.pool in ("", "probe") or (self.cls and self.pool == "cls_mean")
+               or (self.cls and self.pool == "tanh" and not self.classes))  # fmt: skip
         expect("distilled", self.distilled, "a tower with cls and a row behind it", not self.distilled or self.special > 1)
         expect("stem", self.stem, f"0 or at least the patch, {self.patch}, of the same parity",
                self.stem == 0 or (self.stem >= self.patch and (self.stem - self.patch) % 2 == 0))  # fmt: skip
@@ -106,11 +119,12 @@ class ViT(nnx.Module):
     def __init__(self, c: ViTConfig, *, rngs: nnx.Rngs):
         self.config = c
         dim = c.block.dim
-        seen = (c.stem or c.patch) ** 2 * c.channels
+        seen = (c.stem or c.patch) ** 2 * c.channels * c.frames
         if c.stem_hidden:
             self.stem = layers.Dense(seen, c.stem_hidden, bias=c.stem_bias, rngs=rngs)
         self.patch = layers.Dense(c.stem_hidden or seen, dim, bias=c.stem_bias, rngs=rngs)
-        self.pos = nnx.Param(jnp.asarray(sincos_2d(*c.grid, dim)) * c.pos_scale)
+        if c.positions:
+            self.pos = nnx.Param(jnp.asarray(sincos_2d(*c.grid, dim)) * c.pos_scale)
         if c.special:
             self.special = nnx.Param(jax.random.normal(rngs.params(), (c.special, dim)) * 0.02)
         if c.special_positions:
@@ -122,6 +136,8 @@ class ViT(nnx.Module):
             self.norm = layers.Norm(dim, kind=c.block.norm)
         if c.pool == "probe":
             self.probe = Probe(c, rngs=rngs)
+        if c.pool == "tanh":
+            self.pooler = layers.Dense(dim, dim, bias=True, rngs=rngs)
         if c.classes:
             seen = 2 * dim if c.pool == "cls_mean" else dim
             self.classifier = layers.Dense(seen, c.classes, bias=True, rngs=rngs)
@@ -165,6 +181,7 @@ def bind(c: ViTConfig, params, *, attention=None, reduce=None, steering=None, re
 
 def patchify(c: ViTConfig, image: Array) -> Array:
     """[B, H, W, channels] -> [B, patches, window * window * channels], windows (row, column, channel) in raster order."""
+    expect("image", "an array", "Pictures, for a tower of pictures of any size", c.positions)
     expect("image", f"shape {image.shape}", f"[batch, {c.image[0]}, {c.image[1]}, {c.channels}]",
            image.ndim == 4 and image.shape[1:] == (*c.image, c.channels))  # fmt: skip
     window = c.stem or c.patch
@@ -190,6 +207,14 @@ def stem(params: dict, c: ViTConfig, image: Array, dtype=None) -> Array:
     if "stem" in params:
         x = jax.nn.relu(layers.dense(params["stem"], x))
     return layers.dense(params["patch"], x) + params["pos"].astype(x.dtype)
+
+
+def embed_rows(params: dict, c: ViTConfig, pixels: Array, meta: Meta, dtype=None) -> stack.Streams:
+    """Streams of a tower without positions: patches [B, P, patch * patch * channels] and what is known about them."""
+    expect("image", f"patches of {pixels.shape[-1]} numbers", f"{c.patch * c.patch * c.channels}, (row, column, channel)",
+           pixels.shape[-1] == c.patch * c.patch * c.channels)  # fmt: skip
+    x = jnp.tile(pixels if dtype is None else pixels.astype(dtype), c.frames)
+    return stack.streams_of({"vision": (layers.dense(params["patch"], x), meta)})
 
 
 def embed(params: dict, c: ViTConfig, image: Array, dtype=None) -> stack.Streams:
@@ -230,6 +255,7 @@ def finish(params: dict, c: ViTConfig, out: stack.StackOut) -> ViTOut:
         pooled = probe(params["probe"], c, streams)
     else:
         pooled = streams.x[:, 0] if c.cls else _mean(rows)
+        pooled = jnp.tanh(layers.dense(params["pooler"], pooled)) if c.pool == "tanh" else pooled
     if not c.classes:
         return ViTOut(streams, pooled, None, out)
     seen = jnp.concatenate([pooled, _mean(rows).astype(pooled.dtype)], -1) if c.pool == "cls_mean" else pooled

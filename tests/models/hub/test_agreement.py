@@ -20,7 +20,8 @@ LIMIT = 2e-4  # largest difference of logits and rows
 TEXT = ("llama", "llama_bias", "llama_linear", "llama_dynamic", "llama_llama3", "llama_yarn", "mistral", "qwen2",
         "qwen2_window", "qwen2_mixed", "qwen3", "qwen3_bias", "qwen3_mixed", "phi3", "phi3_longrope", "phi3_crossing", "gemma2",
         "gemma2_plain", "gemma3_text", "gemma3_text_linear")  # fmt: skip
-TOWERS = ("vit", "vit_wide", "deit", "deit_student", "clip", "siglip", "dinov2", "dinov2_registers")
+TOWERS = ("vit", "vit_wide", "deit", "deit_student", "clip", "siglip", "dinov2", "dinov2_swiglu",
+          "dinov2_registers")  # fmt: skip
 LLAVA = ("llava", "llava_siglip")
 
 
@@ -77,11 +78,11 @@ def test_vision_tower(case):
         check_logits(out.logits, found["logits"])
     if "last_hidden_state" in found and case != "clip":  # CLIP's is the row before the last norm
         check_logits(out.streams.x, found["last_hidden_state"])
-    if "pooler_output" in found and not case.startswith("vit"):  # ViT's pooler is kept, not run
+    if "pooler_output" in found:
         check_logits(out.pooled, found["pooler_output"])
 
 
-@pytest.mark.parametrize("case", ("vit", "clip", "dinov2", "dinov2_registers"))
+@pytest.mark.parametrize("case", ("vit", "deit", "clip", "siglip", "dinov2", "dinov2_registers"))
 def test_towers_at_another_size(case):
     """Interpolated positions, for images that are taller, wider and smaller than the checkpoint's."""
     found = recorded(case)

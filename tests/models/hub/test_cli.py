@@ -55,18 +55,71 @@ def test_methods_side_by_side(text_model):
     assert words.decode(expected).rstrip("\ufffd") in printed and "6 of 6" in printed and "same tokens" in printed
 
 
-def test_a_picture_and_a_token_method(tmp_path):
-    """A vision-language model reads the picture where the prompt has it; keeping every patch changes nothing."""
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    """A vision-language model of tiles, and two pictures beside it."""
     Image = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("cli") / "vision"
     tower = vit.config(12, 4, 2, 24, 2, activation="quick_gelu", stem_bias=False, pre_norm=True, special_positions=1, eps=1e-5)
     language = llm.tiny(vocab=300)
-    checkpoint(tmp_path, models.build(vlm.VLMConfig(tower, language, language.block.dim)), image_token_index=2)
-    fields = dict(size={"height": 12, "width": 12})
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(tmp_path / "x.png")
-    argv = [str(tmp_path), "--prompt", "quick <|start|> fox", "--image", str(tmp_path / "x.png"), "--steps", "3"]
-    runs = cli.main([*argv, "--tokens", "hiprune:keep=9"], io.StringIO())
-    assert [len(r.ids) for r in runs] == [3, 3] and runs[0].ids == runs[1].ids
+    model = models.build(vlm.VLMConfig(tower, language, 32, newline=True, pinpoints=((12, 24), (24, 12))), seed=1)
+    checkpoint(folder, model, image_token_index=2)
+    fields = dict(size={"height": 12, "width": 12}, image_grid_pinpoints=[[12, 24], [24, 12]])
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    for name, shape in (("a.png", (20, 30)), ("b.png", (40, 15, 4)), ("c.png", (9, 33, 3))):  # grey, with transparency, RGB
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)).save(folder / name)
+    return folder
+
+
+def test_pictures_and_methods_at_once(vision_model):
+    """Two pictures where the prompt has them; methods alone and together; what is dropped is not cached."""
+    argv = [str(vision_model), "--prompt", "quick <|start|> fox <|start|> dog", "--steps", "3",
+            "--image", str(vision_model / "a.png"), "--image", str(vision_model / "b.png")]  # fmt: skip
+    out = io.StringIO()
+    runs = cli.main([*argv, "--tokens", "hiprune:keep=54", "--tokens", "llm.1=uniform:keep=4", "--steering",
+                     "zerotuning:gamma=1.0"], out)  # fmt: skip
+    plain, whole, cut, steered, every = runs
+    assert [r.label for r in runs][3:] == ["steering zerotuning:gamma=1.0", "all together"]
+    assert plain.ids == whole.ids == steered.ids and len(plain.ids) == 3 and cut.ids == every.ids
+    assert cut.cache < plain.cache <= whole.cache and every.cache < whole.cache
+
+
+def test_methods_that_want_one_place():
+    ways = {"a": {"cache": "full"}, "b": {"steering": "vhr"}, "c": {"steering": "var"}, "d": {"reduce": {"vision": "x"}}}
+    assert cli.together(ways) == {"cache": "full", "steering": ("vhr", "var"), "reduce": {"vision": "x"}}
+    for rival in ({"cache": "h2o"}, {"reduce": {"vision": "y"}}):
+        assert cli.together({**ways, "e": rival}) is None
+    assert cli.together({**ways, "e": {"reduce": {"llm.1": "y"}}})["reduce"] == {"vision": "x", "llm.1": "y"}
+
+
+@pytest.mark.parametrize(
+    "more, code, message",
+    [
+        ([], 2, "--image: expected a picture for a llava_next"),
+        (["--image", "a.png", "--image", "b.png", "--prompt", "<|start|>"], 2, "2 <|start|>, one for each --image, got 1"),
+        (["--image", "a.png", "--prompt", "fox <|start|>"], 2, "expected text behind the last picture"),
+        (["--image", "nothing.png"], 2, "nothing.png"),
+        (["--image", "config.json"], 2, "image: expected a picture, got"),
+        (["--image", "a.png", "--tokens", "vision.9=uniform:keep=3"], 2, "reduce[vision.9]"),
+        (["--image", "a.png", "--tokens", "uniform:keep=many"], 2, "argument 'keep': expected int, got 'many'"),
+        (["--image", "a.png", "--tokens", "uniform:keep=9999"], 1, "keep: expected at most"),
+        (["--image", "a.png", "--steering", "vhr:layers=(0,9)"], 2, "layers: expected numbers in"),
+    ],
+)
+def test_what_is_refused_with_pictures(vision_model, more, code, message, capsys):
+    argv = [str(vision_model / x) if x.endswith((".png", ".json")) else x for x in more]
+    with pytest.raises(SystemExit) as exit:
+        cli.main([str(vision_model), "--prompt", "fox", *argv], io.StringIO())
+    error = capsys.readouterr().err
+    assert message in error and exit.value.code == code and "Traceback" not in error
+
+
+def test_a_checkpoint_without_its_processor(vision_model, tmp_path, capsys):
+    shutil.copytree(vision_model, tmp_path / "x")
+    (tmp_path / "x" / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit):
+        cli.main([str(tmp_path / "x"), "--prompt", "fox", "--image", str(vision_model / "a.png")])
+    assert "expected preprocessor_config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from train.sharding import make_mesh
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "hf"
-CASES = ("llama_bias", "llama_yarn", "llama_dynamic", "mistral", "qwen2_window", "qwen3_bias", "phi3", "vit_wide", "deit",
-         "clip", "siglip", "dinov2", "dinov2_registers", "llava")  # fmt: skip
+CASES = ("llama_bias", "llama_yarn", "llama_dynamic", "mistral", "qwen2_window", "qwen3_bias", "phi3", "vit_wide",
+         "deit", "clip", "siglip", "dinov2", "dinov2_swiglu", "dinov2_registers", "llava",
+         "llava_next", "llava_next_siglip", "qwen2_5_vl", "qwen2_5_vl_tied")  # fmt: skip
 
 
 def equal(a, b):

@@ -51,15 +51,21 @@ def test_templates_are_sandboxed_and_named(tmp_path):
 
 @pytest.mark.parametrize("kind", ("clip", "siglip", "vit"))
 def test_images(kind):
-    """Equal to the processor's within rounding, for a wide and a tall picture."""
+    """Equal to the processor's within rounding, for a wide, a tall, a grey and a transparent picture."""
     pytest.importorskip("PIL")
     fields = images.read_processor(GOLDEN / "images" / kind)
     with np.load(GOLDEN / "images" / "io.npz") as found:
-        for i in range(2):
+        for i in range(4):
             np.testing.assert_allclose(images.prepare(found[f"image.{i}"], fields), found[f"{kind}.{i}"], atol=1e-5)
 
 
 def test_processors_that_are_not_supported_are_named(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_grid_pinpoints=[[336, 672]])))
-    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+    with pytest.raises(ValueError, match="expected preprocessor_config.json"):
         images.read_processor(tmp_path)
+    for fields in (dict(do_image_splitting=True), dict(do_pad=True), dict(merge_size=2, size=dict(height=3, width=3))):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=[*fields][-1]):
+            images.read_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_processor=dict(size=dict(height=3, width=3)))))
+    assert images.prepare(np.zeros((5, 4), np.uint8), images.read_processor(tmp_path)).shape == (3, 3, 3)
