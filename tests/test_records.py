@@ -48,6 +48,7 @@ EXAMPLES = {
     ("tokens", "adatoken_3d"): {"rates": np.linspace(1, 0.4, LLM.layers)},
     ("tokens", "attention_debiasing"): {"host": lambda: registry.get("tokens", "fastervlm")(8)},
     ("tokens", "mustdrop_merge"): {"size": 2},
+    ("tokens", "quota"): {"total": 12, "scores": (0.7,), "grid": (4, 4)},
     ("tokens", "visiondrop_stages"): {"keep": ((6, 2), (4, 2), (2, 1))},
     ("tokens", "visiondrop"): {"dominant": 6, "contextual": 2},
     ("objective", "meap"): {"mask_id": 3},
