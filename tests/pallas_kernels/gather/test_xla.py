@@ -1,0 +1,83 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gather as op
+from pallas_kernels.gather import lists, reference, xla
+from tests.pallas_kernels.gather.calls import CALLS, call, compare
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients_are_the_references(rng, name):
+    o, opt = call(rng, **CALLS[name])
+    compare(xla.gather, o, opt, 2e-2 if CALLS[name].get("dtype") == jnp.bfloat16 else 1e-5)
+
+
+def test_chunks_of_rows_and_steps_of_entries_change_nothing(rng, monkeypatch):
+    """Lists read 4 entries at a time, and rows 3 at a time, the last chunk and the last step being part empty."""
+    monkeypatch.setattr(xla, "KEYS", 4)
+    monkeypatch.setattr(xla, "FETCHED", 3 * 2 * 2 * 4 * 16)
+    monkeypatch.setattr(xla, "CUT", (32, 16))
+    o, opt = call(rng, n=10, m=30, b=2, h=4, g=2, hs=2, own=True, k=7, key_bias=2, log_weight=True, sums="kv", pos=True,
+                  rope="half")  # fmt: skip
+    assert xla._rows_at_once(o, opt, lists.shape_of(o, opt)) == 3
+    compare(xla.gather, o, opt, 1e-5)
+    compare(xla.gather, *call(rng, n=2, m=64, h=2, g=1, rope="half", key_bias=1), 1e-5)
+
+
+def test_lists_in_use_decide_and_nothing_else(rng):
+    """Entries behind the count, indices outside the keys and empty lists read nothing."""
+    o, opt = call(rng, n=2, m=40, b=2, h=4, g=2, unit=8, hs=2, k=4, valid=False, count=3)
+    wild = o["index"].at[..., 3].set(o["index"][..., 0])  # a duplicate, not in use
+    out, lse, _ = xla.gather(o | {"index": wild}, opt)
+    np.testing.assert_array_equal(out, xla.gather(o, opt)[0])
+    for bad in (-1, 5, 2**30):
+        lost = o | {"index": o["index"].at[..., 2].set(bad)}
+        short = o | {"count": jnp.full_like(o["count"], 2)}
+        np.testing.assert_allclose(xla.gather(lost, opt)[0], xla.gather(short, opt)[0], atol=1e-6)
+    empty = o | {"count": jnp.zeros_like(o["count"])}
+    (out, lse, _), pull = jax.vjp(lambda k, v: xla.gather(empty | {"k": k, "v": v}, opt), o["k"], o["v"])
+    assert not out.any() and (lse == -jnp.inf).all()
+    assert not any(x.any() for x in pull((jnp.ones_like(out), jnp.ones_like(lse), None)))
+
+
+def test_sums_per_key_are_the_columns_of_the_map(rng):
+    o, opt = call(rng, n=3, m=48, b=2, h=4, g=2, unit=8, hs=2, k=4, sums="heads")
+    weights = jnp.asarray(rng.random((2, 3)), jnp.float32)
+    _, _, sums = xla.gather(o, opt)
+    got = op.received(sums, o["index"], o["count"], opt.unit, 48, weights)
+    eye = o | {"v": jnp.broadcast_to(jnp.eye(48)[None, :, None], (2, 48, 2, 48))}
+    p = reference.gather(eye, opt)[0]  # values that name their key: the output is the map
+    np.testing.assert_allclose(got, jnp.einsum("bnhm,bn->bhm", p, weights), atol=1e-5)
+    full = {x: a for x, a in o.items() if x not in ("index", "count")}
+    _, _, sums = xla.gather(full, dataclasses.replace(opt, sums="kv"))
+    np.testing.assert_allclose(op.received(sums, None, None, 8, 48).sum(-1), 6.0, rtol=1e-5)  # 3 queries of 2 heads
+
+
+def test_every_key_is_the_list_of_all_units(rng):
+    o, opt = call(rng, n=2, m=96, h=4, g=2, unit=8, k=12, count=12, key_bias=2)
+    o["index"] = jnp.arange(12, dtype=jnp.int32).reshape(1, 1, 1, 12)
+    full = {x: a for x, a in o.items() if x not in ("index", "count")}
+    for a, b in zip(xla.gather(o, opt)[:2], xla.gather(full, opt)[:2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, options, why",
+    [
+        ({"index": jnp.zeros((1, 3, 1, 2), jnp.int32)}, {}, r"index: expected \[1\|2, 1\|2\|4, 1\|2, at least one\]"),
+        ({"index": jnp.zeros((1, 1, 1, 0), jnp.int32)}, {}, "index: expected"),
+        ({"count": None}, {}, "count: expected one beside index, got none"),
+        ({"k": jnp.zeros((3, 40, 2, 8))}, {}, "k: expected batch 1 or 2"),
+        ({"pos": jnp.zeros((2, 2, 1, 4), jnp.int32)}, {}, "freqs: expected frequencies beside k_rope or pos"),
+        ({"k_valid": jnp.zeros((2, 39), bool)}, {}, "k_valid: expected"),
+        ({}, {"sums": "all"}, "sums: expected None, 'kv' or 'heads', got 'all'"),
+    ],
+)
+def test_bad_operands_are_named(rng, change, options, why):
+    o, opt = call(rng, n=2, m=40, b=2, h=4, g=2, unit=8, hs=2, k=4)
+    with pytest.raises(ValueError, match=why):
+        op.gather(o | change, dataclasses.replace(opt, **options))
