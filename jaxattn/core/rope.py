@@ -48,6 +48,8 @@ class RopeScaling:
             raise ValueError(f"kind: expected one of {KINDS}, got {self.kind!r}")
         if self.kind != "linear" and self.original_length <= 0:
             raise ValueError(f"original_length: {self.kind!r} needs a length, got {self.original_length}")
+        if self.kind == "linear":  # reads no length: records that turn alike are equal
+            object.__setattr__(self, "original_length", 0)
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name.endswith("_factor") and isinstance(value, list | tuple):

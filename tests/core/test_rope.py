@@ -147,6 +147,23 @@ def test_record_is_a_value():
     assert Rope(8).apply(X.astype(jnp.bfloat16), POS).dtype == jnp.bfloat16
 
 
+def test_longrope_has_two_spectra():
+    """A divisor per pair, by the length; q and k grow with the logarithm of the extension."""
+    short, long = (1.0, 1.5, 2.0, 4.0), (2.0, 3.0, 5.0, 9.0)
+    rope = Rope(8, scaling=RopeScaling("longrope", 4.0, 16, short_factor=short, long_factor=list(long)))
+    plain = Rope(8).frequencies()
+    for length, divisors in ((None, short), (16, short), (17, long)):
+        np.testing.assert_allclose(rope.frequencies(length), plain / np.array(divisors), rtol=1e-6)
+    traced = jax.jit(rope.frequencies)
+    for length in (16, 17):
+        np.testing.assert_array_equal(traced(jnp.int32(length)), rope.frequencies(length))
+    np.testing.assert_allclose(rope.attention_scaling, math.sqrt(1 + math.log(4) / math.log(16)), rtol=1e-6)
+    given = RopeScaling("longrope", 4.0, 16, attention_factor=1.25, short_factor=short, long_factor=long)
+    assert given.attention_scaling == 1.25 and RopeScaling("longrope", 1.0, 16, short_factor=short, long_factor=long).by_length
+    with pytest.raises(ValueError, match="short_factor: expected a number for each of 6 pairs, got 4"):
+        Rope(12, scaling=given).frequencies()
+
+
 def test_lrpe_is_relative():
     theta = lrpe_theta(H, D)
     np.testing.assert_allclose(theta.reshape(-1)[[0, 6]], [1.0, 10000.0 ** (-12 / 48)], rtol=1e-6)
@@ -165,7 +182,7 @@ def test_errors_name_the_argument():
         "sections": lambda: Rope(8, sections=(1, 1)),
         "kind": lambda: RopeScaling("spiral", 2, 8),
         "original_length": lambda: RopeScaling("yarn", 2),
-        "short_factor": lambda: RopeScaling("longrope", 2, 8),
+        "short_factor, long_factor": lambda: RopeScaling("longrope", 2, 8),
         "x": lambda: Rope(14).apply(X, POS),
         "pos": lambda: Rope(12).apply(X, POS[:, :3]),
         "axes": lambda: rotate(X, POS, np.ones(6), axes=(0, 1)),
