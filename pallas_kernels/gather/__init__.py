@@ -23,8 +23,8 @@ key_bias and log_weight from out and lse; sums, positions and frequencies carry 
 indices outside the keys are ignored; a list holds a unit at most once (twice would count it twice). Keys and values must
 be finite, hidden ones too.
 
-Implementations: "reference" (the full table), "xla" (everything, every backend). Keys are read heads first: a cache stored
-[B, G, M, D] is passed transposed at no cost.
+Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
+float32 and bfloat16). Keys are read heads first: a cache stored [B, G, M, D] is passed transposed at no cost.
 """
 
 from __future__ import annotations
@@ -38,9 +38,22 @@ from pallas_kernels._dispatch import choose
 from pallas_kernels.gather import lists, reference, xla
 from pallas_kernels.gather.lists import received
 
+
+def _tpu(operands: dict, options: Options):
+    from pallas_kernels.gather import tpu  # on first use: loading Pallas takes longer than most programs' imports
+
+    return tpu.gather(operands, options)
+
+
+def _gpu(operands: dict, options: Options):
+    from pallas_kernels.gather import gpu
+
+    return gpu.gather(operands, options)
+
+
 # Bodies that a call without a name may use: each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.gather, "xla": xla.gather}
+IMPLEMENTATIONS = {"reference": reference.gather, "xla": xla.gather, "tpu": _tpu, "gpu": _gpu}
 
 
 @dataclasses.dataclass(frozen=True)
