@@ -60,6 +60,7 @@ def _windows(f: Fields) -> dict:
 
 
 def read_qwen2(f: Fields, names) -> llm.LLMConfig:
+    f.only("use_mrope", False)
     return _read(f, qkv_bias=True, **_windows(f))
 
 
@@ -71,7 +72,10 @@ def read_qwen3(f: Fields, names) -> llm.LLMConfig:
 
 def read_phi3(f: Fields, names) -> llm.LLMConfig:
     f.inert("resid_pdrop", "embd_pdrop")
-    f.only("attention_bias", False)
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        f.only(name, False)
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4's own code
+        f.only(name, 1)
     return _read(f, partial_rotary=True, window=f("sliding_window", None))
 
 
@@ -168,10 +172,11 @@ def family_of(c: llm.LLMConfig) -> str:
     if plain and b.norm == "rms" and b.gated and b.causal and b.rope is not None and not b.layer_scale:
         square = b.qkv_bias == b.out_bias
         bare = not (b.qk_norm or b.qkv_bias or b.out_bias or b.mlp_bias)
-        if b.rope.dim != b.head_dim:
-            longrope = b.rope.scaling is None or b.rope.scaling.kind == "longrope"
-            if bare and longrope and not b.full_layers and b.heads * b.head_dim == b.dim:
+        kind = b.rope.scaling and b.rope.scaling.kind
+        if b.rope.dim != b.head_dim or kind == "longrope":
+            if bare and kind in (None, "longrope") and not b.full_layers and b.heads * b.head_dim == b.dim:
                 return "phi3"
+        if b.rope.dim != b.head_dim:
             raise ValueError(f"config: rotary embeddings of a part of each head are written as a phi3, got {b}")
         if b.qk_norm and square and not b.mlp_bias:
             return "qwen3"

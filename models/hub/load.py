@@ -234,6 +234,7 @@ def _description(ours, config: dict | None, name: str | None) -> tuple[Family, d
     if family is None or not _says(family, None, ours):
         expect("family", name, f"one with the features of {ours}", name is None)
         family = FAMILIES[OWNERS[type(ours)].family_of(ours)]
+        expect("config", ours, f"features that a {family.name}, the nearest family, can describe", _says(family, None, ours))
     stale = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types", "architectures",
              "text_config", "vision_config", "max_window_layers", "id2label", "label2id")  # fmt: skip
     kept = {k: v for k, v in raw.items() if k not in stale} if raw.get("model_type") == family.name else {}

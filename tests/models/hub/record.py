@@ -57,8 +57,6 @@ TEXT_CASES = {
     "phi3_longrope": (hf.Phi3Config, dict(rope_parameters=LONG, original_max_position_embeddings=16)),
     "phi3_crossing": (hf.Phi3Config, dict(rope_parameters=LONG, original_max_position_embeddings=32)),
     "qwen2_mixed": (hf.Qwen2Config, dict(use_sliding_window=True, sliding_window=6, max_window_layers=2, num_hidden_layers=3)),
-    "qwen3_mixed": (hf.Qwen3Config, dict(head_dim=8, sliding_window=4, use_sliding_window=True, num_hidden_layers=3,
-                                         layer_types=kinds("sfs"))),
     "gemma2": (hf.Gemma2Config, dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=5.0)),
     "gemma2_plain": (hf.Gemma2Config, dict(GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None,
                                            num_hidden_layers=3, head_dim=6, query_pre_attn_scalar=6, num_key_value_heads=4,

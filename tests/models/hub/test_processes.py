@@ -65,8 +65,9 @@ def test_each_process_reads_and_holds_its_share(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    runs = [subprocess.Popen([sys.executable, "-c", LOAD, address, str(n), str(tmp_path / "big"), str(GOLDEN / "llama")],
-                             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for n in range(2)]  # fmt: skip
+    folders = str(tmp_path / "big"), str(GOLDEN / "llama")
+    runs = [subprocess.Popen([sys.executable, "-c", LOAD, address, str(n), *folders], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for n in range(2)]  # fmt: skip
     for run in runs:
         out, error = run.communicate(timeout=200)
         assert run.returncode == 0, error[-2000:]
