@@ -58,6 +58,12 @@ class VLMConfig:
     def run_layers(self) -> int:
         return self.vision.layers + 1 + self.select
 
+    def site_spec(self, site: str):
+        """The Spec of records bound between the stacks: "vision", rows as the tower leaves them; "project", rows as the
+        language model reads them."""
+        stack_of = {"vision": self.vision, "project": self.llm}[site]
+        return stack_of.block.spec(stack_of.layers)
+
 
 class Projector(nnx.Module):
     """Two dense maps with an activation, of blocks of patches where the tower merges them; optionally a norm in front and
@@ -144,8 +150,8 @@ def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steer
     operands = {"vision": v_operands, "llm": l_operands, "sites": {}}
     fresh = {"vision": v_fresh, "llm": l_fresh, "sites": dict(trained.get("sites") or {})}
     sites, extra = [], []
-    spec = c.vision.block.spec(c.vision.layers)
     for site, record in between.items():
+        spec = c.site_spec(site)
         program, operands["sites"][site] = split(record, spec)
         if hasattr(record, "init") and site not in fresh["sites"]:
             fresh["sites"][site] = record.init(jax.random.key(0) if key is None else key, spec)
@@ -233,7 +239,7 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     facts = {**seen, **found, "features": features.x, "text": prompt}
     towards = (lambda x, _: x) if merged > 1 else functools.partial(project, params, c)  # what is merged is projected already
     extra = {"image": whole, "special": special, "project": lambda x: towards(x, jnp.zeros(x.shape[:2], jnp.int32))}
-    ctx = Ctx(phase=phase, site="vision", key=key, spec=c.vision.block.spec(c.vision.layers))
+    ctx = Ctx(phase=phase, site="vision", key=key, spec=c.site_spec("vision"))
     record = program.transform("vision")
     site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
     if record is not None:
@@ -248,7 +254,7 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     visual = visual.replace(slots={"vision": kept.slot})
     if record is not None:
         record = _of_crops(record, image)
-        ctx = Ctx(phase=phase, site="project", key=key, spec=ctx.spec)
+        ctx = Ctx(phase=phase, site="project", key=key, spec=c.site_spec("project"))
         visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts | extra, ctx)
     rows, ends = visual.tokens("vision"), None
     rows = pictures.in_order(rows, image.rows) if many and record is not None else rows
