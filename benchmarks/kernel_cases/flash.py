@@ -12,7 +12,8 @@ from pallas_kernels import flash as op
 DIFFERENTIABLE = True
 
 
-def case(sizes: Sizes, sharding, implementation: str) -> tuple[dict, dict, dict]:
+def operands(sizes: Sizes, sharding) -> tuple[dict, dict, op.Options]:
+    """(floats, ints, static options) of the call, as shapes."""
     n, g = sizes.tokens, sizes.kv_heads
     lists = {"shared": 1, "kv heads": g, "query heads": sizes.heads}[sizes.lists]
     tiles = -(-n // sizes.block)
@@ -33,4 +34,9 @@ def case(sizes: Sizes, sharding, implementation: str) -> tuple[dict, dict, dict]
         "k_fields": {"pos": shape(jnp.int32, 1, n)},
     }
     static = op.Options(masks.causal(), scale=sizes.head_dim**-0.5, unit=sizes.block, tile=sizes.block)
+    return floats, ints, static
+
+
+def case(sizes: Sizes, sharding, implementation: str) -> tuple[dict, dict, dict]:
+    floats, ints, static = operands(sizes, sharding)
     return floats, ints, {"forward": lambda floats, ints: op.flash(floats | ints, static, implementation)}

@@ -13,6 +13,7 @@ import numpy as np
 from jaxattn.core.mask import block_map
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels.flash import Options, flash
+from pallas_kernels.profile import column_sums
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path
 
@@ -63,11 +64,15 @@ def check_qkv(q, k, v) -> None:
 def attend_call(call: Call, *, stats: tuple[str, ...] = (), implementation: str | None = None) -> tuple[Part, dict]:
     """Attend own keys and every past View, merged; see ``attend``.
 
-    ``stats``: "masses" adds {"masses": [B, N, H, C]} of the classes of ``call.gain``. Per-key sums come from
-    ``statistics.received`` with the returned lse.
+    ``stats``: "masses" adds {"masses": [B, N, H, C]} of the classes of ``call.gain``; "received" adds {"received":
+    [B, H, M]}, the probability that each own key got from the valid rows together, before gains, by a second pass over
+    the same lists (``statistics.received`` weighs rows, and answers for Views too).
     """
     check_qkv(call.q, call.k, call.v)
     check_call(call)
+    known = {"masses", "received"}
+    expect("stats", tuple(stats), f"some of {sorted(known)}", set(stats) <= known)
+    expect("stats", "'received'", "none without a softmax", "received" not in stats or call.normalizer == "softmax")
     found = {}
     if call.gain is None:
         part = _union(call, implementation)
@@ -89,7 +94,18 @@ def attend_call(call: Call, *, stats: tuple[str, ...] = (), implementation: str 
         out, lse = _absorb(out, lse, call.sink_logit)
     if call.out_gate is not None:
         out = (out * call.out_gate).astype(out.dtype)
+    if "received" in stats:
+        found["received"] = _received(call, lse, implementation)
     return Part(out, lse), found
+
+
+def _received(call: Call, lse, implementation: str | None) -> Array:
+    """[B, H, M]: sum over the valid rows of the own keys' probabilities, of the mass ``lse`` [B, N, H]."""
+    rows = jnp.asarray(call.q_meta.valid)[..., None]
+    for view in call.past:
+        rows = rows if view.own is None else rows & view.own
+    weights = jnp.broadcast_to(rows, lse.shape).astype(lse.dtype)
+    return column_sums(*lower(call), lse, weights, implementation)
 
 
 def _union(call: Call, implementation: str | None) -> Part:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxattn.core.mask import tile_intervals
+from jaxattn.core.pooling import mean_pool
 from jaxattn.core.types import Array, Meta, Selection, expect
+from pallas_kernels import indexer
 
 
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    """(values, index) [..., k] of the k largest entries of the last axis, largest first, ties to the lowest index."""
+    """(values, index) [..., k] of the k largest entries of the last axis, largest first, ties to the lowest index. Rows
+    that are cut over devices stay there."""
     expect("k", k, f"between 1 and the {scores.shape[-1]} entries", 1 <= k <= scores.shape[-1])
-    return jax.lax.top_k(scores, k)
+    return indexer.top_k(scores, k)
 
 
 def keep_top(scores: Array, k: int, *, count=None) -> tuple[Array, Array]:
@@ -232,3 +237,76 @@ def union(a: Selection, b: Selection) -> Selection:
         parts.append(jnp.broadcast_to(s.index, (*shape, k)))
         valid.append(jnp.broadcast_to(jnp.arange(k) < s.count[..., None], (*shape, k)))
     return from_index(jnp.concatenate(parts, -1), jnp.concatenate(valid, -1), unit=a.unit, tile=a.tile)
+
+
+# ------------------------------------------------------------------------------------------------ from queries and keys
+
+
+def indexed(q: Array, k: Array, entries: int, *, unit: int = 1, tile: int = 1, mask=None, q_meta: Meta | None = None,
+            k_meta: Meta | None = None, unit_keys: Array | None = None, pool: str = "mean", heads: str = "each",
+            gate: str | None = None, weight: Array | None = None, scale: float | None = None,
+            implementation: str | None = None) -> tuple[Selection, Array]:
+    """The units of keys with the largest scores for each tile of queries; no table of scores is built.
+
+    Args:
+      q: [B, N, H, D], pooled over tiles.  k: [B, M, G, D], pooled over units.  entries: units per list, at most.
+      unit, tile: keys per unit and queries per tile.  pool: "mean" or "max", over valid rows.
+      mask: a unit is eligible where the mask may show one of its keys to some query of the tile.
+      q_meta, k_meta: Meta; default positions 0..N-1 aligned at the end, as in ``attend``.
+      unit_keys: [B, ceil(M / unit), G, D], learned or kept, instead of pooled k (whose values are then not read).
+      heads: "each" query head a list; "sum" or "max" of the query heads of a kv head, a list per kv head.
+      gate: None or "relu" on the products.  weight: [B, N, H] multiplies them (its mean over a tile does): with
+        heads "sum", gate "relu" and one kv head, the lightning indexer of DeepSeek-V3.2 (arXiv:2512.02556).
+      scale: multiplies q.k, default D ** -0.5.
+    Returns: (where, values float32 [B, Hs, Nq, entries]): the scores of the chosen units, -inf behind ``where.count``,
+      differentiable in q, k (or unit_keys) and weight. Ties to the lowest index, as in ``top_k``.
+    """  # fmt: skip
+    (n, m), units = (q.shape[1], k.shape[1]), -(-k.shape[1] // unit)
+    expect("entries", entries, "at least 1", entries >= 1)
+    expect("pool", repr(pool), "'mean' or 'max'", pool in ("mean", "max"))
+    k_meta = Meta.of(m) if k_meta is None else k_meta
+    if q_meta is None:
+        q_meta = Meta.of(n, pos=np.arange(n, dtype=np.int32)[None] + max(m - n, 0))
+    for name, meta, rows in (("q_meta", q_meta, n), ("k_meta", k_meta, m)):
+        expect(name, f"{meta.n} rows", f"{rows} rows, as many as the array it describes", meta.n == rows)
+    if unit_keys is not None:
+        shape = (k.shape[0], units, *k.shape[2:])
+        expect("unit_keys", f"shape {unit_keys.shape}", f"{shape}", unit_keys.shape == shape)
+    keys = _pooled(k, unit, k_meta.valid, pool) if unit_keys is None else unit_keys
+    operands = {"q": _pooled(q, tile, q_meta.valid, pool), "k": keys}
+    if weight is not None:
+        operands["weight"] = _pooled(weight[..., None], tile, q_meta.valid, "mean")[..., 0].astype(jnp.float32)
+    names = mask.fields() if mask is not None else frozenset()
+    for side, meta, size in (("q", q_meta, tile), ("k", k_meta, unit)):
+        valid = jnp.asarray(meta.valid)
+        valid = jnp.pad(valid, [(0, 0)] * (valid.ndim - 1) + [(0, -meta.n % size)])
+        operands[f"{side}_valid"] = valid.reshape(*valid.shape[:-1], -1, size).any(-1)
+        ends = tile_intervals(meta, names, size, side)
+        for i, end in enumerate(("low", "high")):
+            operands[f"{side}_{end}"] = {x: _per_tile(a[i]) for x, a in ends.items()}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = indexer.Options(entries, mask, heads, gate, scale)
+    index, count, values = indexer.select(operands, options, implementation)
+    return Selection(index, count, unit, tile, distinct=True), values
+
+
+def _per_tile(x):
+    """[B|1, G|1, n, 1] or [B|1, G|1, 1, n] -> [B|1, n] or [B|1, G, n]."""
+    x = jnp.asarray(x).reshape(*x.shape[:2], -1)
+    return x[:, 0] if x.shape[1] == 1 else x
+
+
+def _pooled(x, size: int, valid, how: str):
+    """[B, N, H, D] -> [B, ceil(N / size), H, D] over the rows that ``valid`` [B|1, N] or [B|1, G, N] marks."""
+    if size == 1:
+        return x
+    seen = jnp.asarray(valid)
+    seen = seen[..., None] if seen.ndim == 2 else jnp.repeat(jnp.moveaxis(seen, 1, 2), x.shape[2] // seen.shape[1], axis=2)
+    seen = seen[..., None]
+    if how == "max":
+        low = jnp.pad(jnp.where(seen, x, -jnp.inf), [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * 2, constant_values=-jnp.inf)
+        top = low.reshape(x.shape[0], -1, size, *x.shape[2:]).max(2)
+        return jnp.where(top > -jnp.inf, top, 0)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    total, share = mean_pool(jnp.where(seen, x, 0).astype(wide), size), mean_pool(seen.astype(wide), size)
+    return (total / jnp.where(share > 0, share, 1)).astype(x.dtype)

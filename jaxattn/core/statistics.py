@@ -16,8 +16,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.attend import attend_keys, lower, make_call, merge, put_heads, take_heads, view_call
-from jaxattn.core.mask import causal, field_of
+from jaxattn.core.attend import attend_keys, lower, merge, put_heads, take_heads, view_call
+from jaxattn.core.mask import field_of
 from jaxattn.core.select import gather_meta, gather_tokens
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels.flash import flash, reference
@@ -340,8 +340,7 @@ def profile(q: Array, k: Array, last: int, *, scale: float | None = None, implem
     expect("last", last, f"between 1 and the {n} queries", 1 <= last <= n)
     expect("k", f"{m} keys", f"at least the {last} last queries", m >= last)
     q, scale = q[:, n - last :], q.shape[-1] ** -0.5 if scale is None else scale
-    call = make_call(q, k, jnp.zeros((*k.shape[:3], 1), k.dtype), mask=causal(), scale=scale)
-    vertical, slash = diagonals(q, k, log_mass(call), scale, implementation)
+    vertical, slash = diagonals(q, k, scale=scale, implementation=implementation)
     return vertical / last, slash / last
 
 

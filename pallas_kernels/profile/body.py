@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash import layout
-from pallas_kernels.flash.body import folding, split
+from pallas_kernels.flash import layout, lists
+from pallas_kernels.flash.body import LEAST, folding, split
 from pallas_kernels.flash.layout import Plan
 from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.profile import xla
+from pallas_kernels.profile.reference import apart, known
 
 
 class Body(NamedTuple):
@@ -31,22 +32,30 @@ class Body(NamedTuple):
     columns: Callable
 
 
-def _arranged(p: Plan, o: dict) -> tuple[dict, dict]:
-    arranged = layout.arrange_floats(p, o) | layout.arrange_ints(p, o)
+def _arranged(p: Plan, o: dict, opt) -> tuple[dict, dict]:
+    arranged = layout.arrange_floats(p, o, opt) | layout.arrange_ints(p, o, opt)
     return split({x: a for x, a in arranged.items() if x != "v"})
+
+
+def _coarse(o: dict, opt):
+    """The call with units that kernels can hold."""
+    o, unit = lists.coarser(o, opt, LEAST)
+    return o, dataclasses.replace(opt, unit=unit)
 
 
 def _row_sums(body: Body, o: dict, opt, interpret):
     """(lse, mean logit) [B, N, H] of each row."""
+    o, opt = _coarse(o, opt)
     p = body.row_plan(o, opt)
-    found = folding(body.rows, p, opt, interpret)(*_arranged(p, o))["sums"]
+    found = folding(body.rows, p, opt, interpret)(*_arranged(p, o, opt))["sums"]
     found = layout.from_rows(p, jnp.swapaxes(found, 3, 4))
     return found[..., 0], found[..., 1]
 
 
 def _columns(body: Body, o: dict, opt, interpret, lse, weights):
+    o, opt = _coarse(o, opt)
     p = body.column_plan(o, opt)
-    rows, keys = _arranged(p, o)
+    rows, keys = _arranged(p, o, opt)
     padded = [layout.rows_of(p, x[..., None], value=v) for x, v in ((lse, FAR), (weights, 0.0))]
     rows["sums"] = jnp.swapaxes(jnp.concatenate(padded, -1), 3, 4)
     found = folding(body.columns, p, opt, interpret)(rows, keys)["columns"]
@@ -77,7 +86,8 @@ def _bwd(opt, body, interpret, saved, d_lse):
 _log_mass.defvjp(_fwd, _bwd)
 
 
-def reduce(body: Body, o: dict, opt, lse, weights, interpret):
+def reduce(body: Body, o: dict, opt, interpret):
+    o, lse, weights = apart(o, "lse", "weights")
     o = xla.without_values(o)
     forward = _Forward(body, interpret)
     return xla.differentiable(*xla.tiles.divide(o), opt, forward, lse.astype(jnp.float32), weights.astype(jnp.float32))
@@ -92,28 +102,27 @@ class _Forward:
         return _reduce(self.body, self.interpret, o, opt, lse, weights)
 
 
-def profile(body: Body, o: dict, opt, weights, interpret):
-    floats, ints = xla.tiles.divide(xla.without_values(o))
-    lse = _log_mass(floats, ints, opt, body, interpret)
-    some = jnp.isfinite(lse)
-    return reduce(body, o, opt, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0), interpret)[0], lse
+def profile(body: Body, o: dict, opt, interpret):
+    o, weights = apart(o, "weights")
+    lse = _log_mass(*xla.tiles.divide(xla.without_values(o)), opt, body, interpret)
+    return reduce(body, o | known(lse, weights), opt, interpret)[0], lse
 
 
 # -------------------------------------------------------------------------------------------------------- diagonals
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def slanted(q, k, lse, scale: float, kernels):
-    """``kernels(q, k, lse, scale)`` with the derivative of the XLA path."""
-    return kernels(q, k, lse, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def slanted(o: dict, scale: float, kernels):
+    """``diagonals`` by ``kernels(q, k, lse or None, scale)``, with the derivative of the XLA path."""
+    return kernels(o["q"], o["k"], o.get("lse"), scale)
 
 
-def _slanted_fwd(q, k, lse, scale, kernels):
-    return kernels(q, k, lse, scale), (q, k, lse)
+def _slanted_fwd(o, scale, kernels):
+    return slanted(o, scale, kernels), o
 
 
-def _slanted_bwd(scale, kernels, saved, cotangents):
-    return jax.vjp(lambda q, k, lse: xla.diagonals(q, k, lse, scale), *saved)[1](cotangents)
+def _slanted_bwd(scale, kernels, o, cotangents):
+    return jax.vjp(lambda o: xla.diagonals(o, scale), o)[1](cotangents)
 
 
 slanted.defvjp(_slanted_fwd, _slanted_bwd)

@@ -9,20 +9,33 @@ from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.flash.reference import flash, logits
 
 
-def reduce(o: dict, opt, lse, weights):
+def apart(o: dict, *names):
+    """(the other operands, *those of ``names``, None where there is none)."""
+    return {x: a for x, a in o.items() if x not in names}, *(o.get(x) for x in names)
+
+
+def reduce(o: dict, opt):
+    o, lse, weights = apart(o, "lse", "weights")
     s, seen = logits(o, opt)
     s = jnp.where(seen, s, 0.0)
     p = jnp.where(seen, jnp.exp(s - jnp.moveaxis(lse, 2, 1)[..., None]), 0.0)  # [B, H, N, M]
     return jnp.einsum("bhnm,bnh->bhm", p, weights.astype(p.dtype)), jnp.einsum("bhnm,bhnm->bnh", p, s)
 
 
-def profile(o: dict, opt, weights):
-    lse = flash(o | {"v": o["k"][..., :0]}, opt)[1]
+def known(lse, weights) -> dict:
+    """Operands of ``reduce`` in which rows that see nothing count nowhere."""
     some = lse > -jnp.inf
-    return reduce(o, opt, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0))[0], lse
+    return {"lse": jnp.where(some, lse, FAR), "weights": jnp.where(some, weights, 0.0)}
 
 
-def diagonals(q, k, lse, scale: float):
+def profile(o: dict, opt):
+    o, weights = apart(o, "weights")
+    lse = flash(o | {"v": o["k"][..., :0]}, opt)[1]
+    return reduce(o | known(lse, weights), opt)[0], lse
+
+
+def diagonals(o: dict, scale: float):
+    q, k, lse = o["q"], o["k"], o.get("lse")
     (r, h), (m, g) = q.shape[1:3], k.shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     s = jnp.einsum("brhd,bmhd->bhrm", q.astype(acc), jnp.repeat(k, h // g, axis=2).astype(acc)) * scale

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import layout, tpu_kernels
 from pallas_kernels.flash.layout import LANES, Plan, ceil_to
-from pallas_kernels.flash.pairs import NT, dot, inside, logits_of, visible
+from pallas_kernels.flash.pairs import FAR, NT, dot, inside, kept, logits_of, visible
 from pallas_kernels.flash.tpu import ANYWHERE, BODY, block_spec, by_tile, params
 from pallas_kernels.flash.tpu_kernels import as_column, as_row
 from pallas_kernels.profile import body, xla
@@ -38,11 +38,11 @@ def _rows_kernel(p: Plan, opt, names, keys, *refs):
         key, key_int, valid = tpu_kernels.fetched_keys(p, r, entry, got)
         s = dot(r["q"][...], tpu_kernels.merged(p, got["k"]), NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
-        s = logits_of(p, opt, row_int, key_int)(s, row, key)
+        s = kept(logits_of(p, opt, row_int, key_int)(s, row, key), ok, valid, -jnp.inf)
         top = r["top"][:, :1]
-        new = jnp.maximum(top, jnp.where(ok, s, -jnp.inf).max(-1, keepdims=True))
+        new = jnp.maximum(top, s.max(-1, keepdims=True))
         safe = jnp.where(new > -jnp.inf, new, 0.0)
-        e = jnp.where(ok, jnp.exp(s - safe), 0.0)
+        e = jnp.exp(s - safe)
         shrink = jnp.exp(top - safe)
         wide = r["top"].shape
         for x, value in (("mass", e), ("total", e * jnp.where(ok, s, 0.0))):
@@ -76,8 +76,8 @@ def _columns_kernel(p: Plan, opt, names, streamed, *refs):
         s = dot(r["k"][...], got["q"][...], NT)  # keys by queries
         live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
         ok = visible(opt, s.shape, live, row_int, key_int)
-        s = logits_of(p, opt, row_int, key_int)(s, row, key)
-        total[: p.unit_rows] += jnp.exp(jnp.where(ok, s, -jnp.inf) - lse) * weights
+        s = kept(logits_of(p, opt, row_int, key_int)(s, row, key), ok, live, -jnp.inf)
+        total[: p.unit_rows] += jnp.exp(s - lse) * weights
 
     tpu_kernels.over_row_blocks(p, r, streamed, b, h, u, body)
     shape = (r["columns"].shape[0], p.rows)
@@ -115,12 +115,12 @@ def _columns(p: Plan, opt, rows: dict, keys: dict, interpret):
 KERNELS = body.Body("tpu", BODY.plan, BODY.plan, _rows, _columns)
 
 
-def reduce(o: dict, opt, lse, weights, interpret=False):
-    return body.reduce(KERNELS, o, opt, lse, weights, interpret)
+def reduce(o: dict, opt, interpret=False):
+    return body.reduce(KERNELS, o, opt, interpret)
 
 
-def profile(o: dict, opt, weights, interpret=False):
-    return body.profile(KERNELS, o, opt, weights, interpret)
+def profile(o: dict, opt, interpret=False):
+    return body.profile(KERNELS, o, opt, interpret)
 
 
 # ---------------------------------------------------------------------------------------------------------- diagonals
@@ -182,7 +182,7 @@ def _kernels(interpret, q, k, lse, scale: float):
     if lse is None:
         (lse,) = call(_mass_kernel, (), (), (rows,), "profile_mass")
         lse = jax.nn.logsumexp(lse, 2)
-        lse = jnp.where(lse > -jnp.inf, lse, 0.0)  # padded rows
+        lse = jnp.where(lse > -jnp.inf, lse, FAR)
     else:
         lse = jnp.pad(jnp.moveaxis(lse, 1, 2)[:, :, None, ::-1], [(0, 0)] * 3 + [(0, rows - r)]).astype(jnp.float32)
     lse_spec = pl.BlockSpec((None, None, 1, rows), lambda b, g, i, c: (b, g * (h // k.shape[1]) + c, 0, 0))
@@ -191,5 +191,5 @@ def _kernels(interpret, q, k, lse, scale: float):
     return tuple(x.reshape(b, h, tiles * keys)[..., :m] for x in (vertical, slash))
 
 
-def diagonals(q, k, lse, scale: float, interpret=False):
-    return body.slanted(q, k, lse, scale, functools.partial(_kernels, interpret))
+def diagonals(o: dict, scale: float, interpret=False):
+    return body.slanted(o, scale, functools.partial(_kernels, interpret))

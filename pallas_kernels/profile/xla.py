@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash import xla as tiles
-from pallas_kernels.flash.pairs import FAR
+from pallas_kernels.profile.reference import apart, known
 
 # ----------------------------------------------------------------------------------------------------------- reduce
 
@@ -94,7 +94,8 @@ def without_values(o: dict) -> dict:
     return o | {"v": o["k"][..., :0]}
 
 
-def reduce(o: dict, opt, lse, weights):
+def reduce(o: dict, opt):
+    o, lse, weights = apart(o, "lse", "weights")
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
     return differentiable(*tiles.divide(without_values(o)), opt, _forward, lse.astype(acc), weights.astype(acc))
 
@@ -104,16 +105,17 @@ def log_mass(o: dict, opt):
     return tiles.flash(without_values(o), opt)[1]
 
 
-def profile(o: dict, opt, weights):
+def profile(o: dict, opt):
+    o, weights = apart(o, "weights")
     lse = log_mass(o, opt)
-    some = jnp.isfinite(lse)
-    return reduce(o, opt, jnp.where(some, lse, FAR), jnp.where(some, weights, 0.0))[0], lse
+    return reduce(o | known(lse, weights), opt)[0], lse
 
 
 # -------------------------------------------------------------------------------------------------------- diagonals
 
 
-def diagonals(q, k, lse, scale: float, unit: int = 512):
+def diagonals(o: dict, scale: float, unit: int = 512):
+    q, k, lse = o["q"], o["k"], o.get("lse")
     (b, r, h, d), (m, g) = q.shape, k.shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     u = max(unit, r)  # then a tile's diagonals reach into the next tile only

@@ -7,6 +7,7 @@ import pytest
 
 from jaxattn.core import attend as attention
 from jaxattn.core import mask as masks
+from jaxattn.core import statistics
 from jaxattn.core.attend import attend, attend_call, make_call, merge, mix
 from jaxattn.core.select import expand, from_mask, gather_meta
 from jaxattn.core.types import Meta, Part, Selection, View, contract
@@ -456,3 +457,21 @@ ONE = Selection(jnp.zeros((1, 1, 2, 1), int), jnp.ones((1, 1, 2), int), unit=3, 
 def test_bad_input_is_named(change, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         attend(**(dict(q=Z, k=K, v=K) | change))
+
+
+def test_received_sums_of_the_own_keys(rng):
+    """With a cached View, a sink, padding and rows that do not see the own keys: the columns of the table."""
+    q, k, v, past = (jnp.asarray(rng.normal(size=(1, n, h, 4)), jnp.float32) for n, h in ((5, 2), (5, 1), (5, 1), (3, 1)))
+    own = jnp.asarray([True, True, False, True, True])[None, :, None]
+    view = View(past, past, Meta.of(3, pos=np.arange(3)[None] - 3), own=own)
+    meta = Meta.of(5, valid=np.arange(5)[None] < 4)
+    call = make_call(q, k, v, q_meta=meta, past=(view,), mask=masks.causal(), sink_logit=jnp.ones(2))
+    part, stats = attend_call(call, stats=("received",))
+    s = np.einsum("bnhd,bmxd->bhnm", q, k) / 2
+    seen = np.tril(np.ones((5, 5), bool)) & np.asarray(own)[0] & (np.arange(5) < 4)[:, None]
+    p = np.where(seen, np.exp(s - np.moveaxis(part.lse, 2, 1)[..., None]), 0.0)
+    np.testing.assert_allclose(stats["received"], p.sum(2), atol=1e-6)
+    want = statistics.received(call, part.lse, jnp.ones((1, 5)))[0]
+    np.testing.assert_allclose(stats["received"], want, atol=1e-6)
+    with pytest.raises(ValueError, match="^stats: expected"):
+        attend_call(call, stats=("taken",))

@@ -1,10 +1,15 @@
 """Every selector against its definition in numpy, with ties, caps and padding."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn.core import mask as masks
 from jaxattn.core import select
+from jaxattn.core.attend import attend
 from jaxattn.core.types import Meta, Selection
 
 
@@ -181,3 +186,65 @@ def test_expand_keeps_what_belongs_to_a_unit(rng):
     assert fine.log_weight[0, 0, 0].tolist() == [0.5] * 3 + [1.5] * 3
     with pytest.raises(ValueError, match="^a: expected a selection without bounds"):
         select.union(where, where)
+
+
+def test_indexed_is_the_top_k_of_the_table_of_unit_scores(rng):
+    """Pooled over what is valid, eligible where the mask may show a key to a query of the tile."""
+    n, m, unit, tile, kept = 21, 50, 8, 4, 3
+    q, k = (jnp.asarray(rng.normal(size=(2, x, h, 6)), jnp.float32) for x, h in ((n, 4), (m, 2)))
+    valid = np.arange(m)[None] < np.array([[50], [37]])
+    k_meta, q_meta = Meta.of(m, valid=valid), Meta.of(n, pos=np.arange(n)[None] + m - n)
+    run = functools.partial(select.indexed, unit=unit, tile=tile, mask=masks.causal(), q_meta=q_meta, k_meta=k_meta)
+    last = np.minimum(np.arange(tile, n + tile, tile), n) - 1 + m - n
+    for pool in ("mean", "max"):
+        where, values = jax.jit(lambda q, k, pool=pool: run(q, k, kept, pool=pool))(q, k)
+
+        def pooled(x, size, valid, how={"mean": np.nanmean, "max": np.nanmax}[pool]):
+            x = np.where(valid[..., None, None], x, np.nan)
+            x = np.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)], constant_values=np.nan)
+            return how(x.reshape(2, -1, size, *x.shape[2:]), 2)
+
+        keys = pooled(k, unit, valid | (np.arange(m) >= 40))  # units without a valid key: any number
+        table = np.einsum("bnhd,buhd->bhnu", pooled(q, tile, np.ones((1, n), bool)), np.repeat(keys, 2, 2)) * 6**-0.5
+        seen = np.broadcast_to((np.arange(7) * unit <= last[:, None]) & valid[:, None, None, ::unit], table.shape)
+        want = select.from_mask(jnp.asarray(seen), unit=unit, tile=tile, cap=kept, scores=jnp.asarray(table))
+        np.testing.assert_array_equal(where.index, want.index)
+        np.testing.assert_array_equal(where.count, want.count)
+        chosen = np.take_along_axis(table, np.asarray(where.index), -1)
+        chosen = np.where(np.arange(kept) < np.asarray(where.count)[..., None], chosen, -np.inf)
+        np.testing.assert_allclose(values, chosen, atol=1e-5)
+    assert attend(q, k, k, where=where, mask=masks.causal(), q_meta=q_meta, k_meta=k_meta).out.shape == q.shape
+
+
+def test_a_lightning_indexer_learns_from_its_scores(rng):
+    """One index key per token, ReLU, weights: I(t, s) = sum_h w(t, h) relu(q(t, h) . k(s))."""
+    q, k, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 9, 3, 4), (1, 9, 1, 4), (1, 9, 3)))
+    run = functools.partial(select.indexed, mask=masks.causal(), heads="sum", gate="relu", scale=1.0)
+
+    def loss(q, k, w):
+        table = jnp.einsum("bthd,bsxd->bths", q, k)
+        table = jnp.einsum("bth,bths->bts", w, jax.nn.relu(table))[:, None]
+        table = jnp.where(jnp.tril(jnp.ones((9, 9), bool)), table, -jnp.inf)
+        where, values = run(q, k, 4, weight=w)
+        want = jnp.take_along_axis(table, where.index, -1)
+        live = jnp.arange(4) < where.count[..., None]
+        return tuple(jnp.sum(jnp.where(live, jnp.where(live, x, 0.0) ** 2, 0.0)) for x in (values, want))
+
+    got, want = (jax.jit(jax.grad(lambda *x, i=i: loss(*x)[i], (0, 1, 2)))(q, k, w) for i in (0, 1))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        ({"entries": 0}, "entries"),
+        ({"entries": 2, "pool": "sum"}, "pool"),
+        ({"entries": 2, "unit": 3, "unit_keys": jnp.zeros((1, 3, 1, 4))}, "unit_keys"),
+        ({"entries": 2, "k_meta": Meta.of(5)}, "k_meta"),
+    ],
+)
+def test_bad_arguments_of_indexed_are_named(kwargs, name):
+    x = jnp.zeros((1, 6, 1, 4))
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        select.indexed(x, x, kwargs.pop("entries"), **kwargs)

@@ -242,7 +242,7 @@ def test_profile_at_odd_lengths_and_in_gradient(rng):
 
     def loss(f, **kw):
         def run(q, k, lse):
-            v, s = f(q, k, lse, 0.5, **kw)
+            v, s = f({"q": q, "k": k, "lse": lse}, 0.5, **kw)
             return jnp.sum(a * v) + jnp.sum(b * s * s), (v, s)
 
         return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, lse)
