@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _vmap
 from pallas_kernels.flash import layout, lists
 from pallas_kernels.flash.layout import Plan
 from pallas_kernels.flash.pairs import FAR
@@ -51,26 +52,8 @@ def arrange(p: Plan, o: dict, opt) -> tuple[dict, dict]:
 
 
 def folding(call, p: Plan, opt, interpret):
-    """f(rows, keys) = ``call(p, opt, rows, keys, interpret)``, under which vmap lengthens the batch: kernels that copy from
-    unblocked arrays cannot be mapped otherwise."""
-
-    @jax.custom_batching.custom_vmap
-    def f(rows, keys):
-        return call(p, opt, rows, keys, interpret)
-
-    @f.def_vmap
-    def rule(size, mapped, rows, keys):
-        def fold(x, mapped):
-            if not mapped and x.shape[0] == 1:
-                return x
-            x = x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return jnp.broadcast_to(x, (size, p.b, *x.shape[2:])).reshape(size * p.b, *x.shape[2:])
-
-        folded = (jax.tree.map(fold, side, where) for side, where in zip((rows, keys), mapped, strict=True))
-        found = folding(call, dataclasses.replace(p, b=size * p.b), opt, interpret)(*folded)
-        return jax.tree.map(lambda x: x.reshape(size, p.b, *x.shape[1:]), found), jax.tree.map(lambda x: True, found)
-
-    return f
+    """f(rows, keys) = ``call(p, opt, rows, keys, interpret)``, under which vmap lengthens the batch."""
+    return _vmap.folding(lambda b, rows, keys: call(dataclasses.replace(p, b=b), opt, rows, keys, interpret), p.b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -14,16 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import _tuned
 from pallas_kernels.flash import layout
 from pallas_kernels.flash.body import Body, run
-from pallas_kernels.flash.layout import CHUNK, Plan, ceil_to
-from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, logits_of, pair_gradient, visible
+from pallas_kernels.flash.layout import CHUNK, Plan, ceil_to, words
+from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, kept, logits_of, pair_gradient, visible, weight_of
 
 # (query rows, keys) that a program holds at a time, by (heads wider than 128, float32): no register is spilled at these
 # sizes on Hopper, and bfloat16 products fill a warp group's tensor cores. float32 products run on the plain cores.
 FORWARD = {(0, 0): (128, 64), (1, 0): (64, 32), (0, 1): (32, 32), (1, 1): (32, 32)}
 QUERIES = {(0, 0): (64, 64), (1, 0): (64, 32), (0, 1): (32, 32), (1, 1): (32, 16)}
 KEYS = {(0, 0): (64, 64), (1, 0): (32, 64), (0, 1): (32, 32), (1, 1): (16, 32)}
+TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
 MOST = 128, 64  # of all of these
 
 
@@ -36,16 +38,44 @@ def _kind(p: Plan) -> tuple[int, int]:
 
 
 def sizes(p: Plan, table: dict) -> tuple[int, int]:
-    rows, keys = table[_kind(p)]
-    return min(rows, power(p.rows)), min(keys, power(p.unit_rows))
+    return fit(p, *table[_kind(p)])
 
 
-def _plan(o: dict, opt) -> Plan:
+def fit(p: Plan, rows: int, keys: int) -> tuple[int, int]:
+    """The sizes, or halves of them that divide a row block and a unit."""
+    found = []
+    for size, whole in ((rows, p.rows), (keys, p.unit_rows)):
+        size = min(size, power(whole))
+        while whole % size:
+            size //= 2
+        found.append(size)
+    return tuple(found)
+
+
+def tuned(p: Plan, kernel: str) -> dict[str, int]:
+    """{rows, keys, warps, stages} of a kernel's programs."""
+    rows, keys = TABLES[kernel][_kind(p)]
+    default = {"rows": rows, "keys": keys, "warps": 8 if max(p.d_pad, p.dv_pad) > 128 or p.rows > 64 else 4, "stages": 2}
+    dtype = jnp.float32 if p.float32 else jnp.bfloat16
+    found = _tuned.sizes("flash", "gpu", f"{kernel} {_tuned.width(p.d_pad, p.dv_pad)}", dtype, default)
+    rows, keys = fit(p, found["rows"], found["keys"])
+    return found | {"rows": rows, "keys": keys}
+
+
+def _held(p: Plan, kernel: str) -> tuple[int, int]:
+    """(query rows, keys) that a program of the kernel holds at a time."""
+    found = tuned(p, kernel)
+    return found["rows"], found["keys"]
+
+
+def plan(o: dict, opt, most: int = MOST[0]) -> Plan:
+    """``most``: query rows that heads may share a block up to."""
+
     def whole(most):
         return lambda n: ceil_to(n, min(most, power(n)))
 
     rows, keys = (whole(most) for most in MOST)
-    return layout.plan(o, opt, rows=MOST[0], keys=1, pad_rows=rows, pad_unit=keys, pad_lanes=keys, pad_width=power)
+    return layout.plan(o, opt, rows=most, keys=1, pad_rows=rows, pad_unit=keys, pad_lanes=keys, pad_width=power)
 
 
 def _facts(names, ref, place, start, size: int, axis: int):
@@ -73,45 +103,64 @@ def key_sides(p: Plan, r: dict, b, h, unit, start, size: int, axis: int):
     return ints, floats, valid
 
 
-def over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry):
-    """Fold ``body(k, v, (key ints, floats, valid), carry)`` over the parts of the units in a list."""
+def over_units(p: Plan, r: dict, b, h, tile, size: int, body, carry, *, rows=None, split: bool = False):
+    """Fold ``body(k, v, (key ints, floats, valid), carry)`` over the parts of the units in a list. ``split``: ``valid`` is
+    None for units that need no mask, and the number of the part comes fourth. ``rows``: those of a table's tile."""
     lists = r["lists"]
     place = (*at(p, lists, b, h), tile, 0)
     length = layout.list_length(p, lists)
     parts = p.unit_rows // size
 
-    def step(j, carry):
+    def step(full: bool, j, carry):
         entry = lax.div(j, parts)
         start = lax.rem(j, parts) * size
         unit = lists[*place, 1 + entry]
-        k, v = (r[x][*at(p, r[x], b, h), unit, pl.ds(start, size), :] for x in ("k", "v"))
+        k, v = (r[x][*at(p, r[x], b, h), unit, pl.ds(start, size), :] if x in r else None for x in ("k", "v"))
         ints, floats, valid = key_sides(p, r, b, h, unit, start, size, 1)
-        if p.bounded:
+        if p.weighted:
+            floats["+weight"] = weight_of(lists[*place, 1 + (words(p) - 1) * length + entry])
+        if p.tabled:
+            floats["+table"] = _table(p, r, b, h, tile, unit, rows, pl.ds(start, size))
+        if p.bounded and not full:
             lo, hi = (lists[*place, 1 + i * length + entry] - start for i in (1, 2))
             valid = valid * inside(lo, hi, valid.shape, 1)
-        return body(k, v, (ints, floats, valid), carry)
+        return body(k, v, (ints, floats, None if full else valid, *((j,) if split else ())), carry)
 
-    return lax.fori_loop(0, lists[*place, 0] * parts, step, carry)
+    first = 0
+    if split and p.full:
+        first = lists[*place, lists.shape[-1] - 1] * parts
+        carry = lax.fori_loop(0, first, functools.partial(step, True), carry)
+    return lax.fori_loop(first, lists[*place, 0] * parts, functools.partial(step, False), carry)
 
 
-def over_rows(p: Plan, r: dict, b, h, unit, start, size: int, body, carry):
+def _table(p: Plan, r: dict, b, h, tile, unit, rows, keys):
+    return r["table"][*at(p, r["table"], b, h), tile, unit, rows, keys].astype(jnp.float32)
+
+
+def over_rows(p: Plan, r: dict, b, h, unit, start, size: int, body, carry, *, split: bool = False):
     """Fold ``body(tile, first, limits, carry)`` over the row blocks that list ``unit``, ``size`` rows from ``first`` on at
-    a time; ``limits``: (start, stop) of the unit's live range, counted from its key ``start``, or None."""
+    a time; ``limits``: (start, stop) of the unit's live range, counted from its key ``start``, or None. ``split``: the body
+    gets two more arguments, whether the pair needs no mask, and the weight of the entry or None."""
     chunks, offsets = (r[x] for x in ("chunks", "offsets"))
     place, here = at(p, offsets, b, h), at(p, chunks, b, h)
     pieces = p.rows // size
 
-    def step(j, carry):
+    def step(full: bool, j, carry):
         e = lax.div(j, pieces)
         held = (*here, lax.div(e, CHUNK))
         tile = chunks[*held, 0, lax.rem(e, CHUNK)]
-        limits = None
+        limits = weight = None
         if p.bounded:
             limits = tuple(chunks[*held, i, lax.rem(e, CHUNK)] - start for i in (1, 2))
-        return body(tile, lax.rem(j, pieces) * size, limits, carry)
+        if p.weighted:
+            weight = weight_of(chunks[*held, words(p) - 1, lax.rem(e, CHUNK)])
+        return body(tile, lax.rem(j, pieces) * size, limits, carry, *((full, weight) if split else ()))
 
     first, last = (offsets[*place, 0, 0, unit + i] * pieces for i in (0, 1))
-    return lax.fori_loop(first, last, step, carry)
+    if split and p.full:
+        middle = offsets[*place, 0, 0, p.units + 1 + unit] * pieces
+        carry, first = lax.fori_loop(first, middle, functools.partial(step, True), carry), middle
+    return lax.fori_loop(first, last, functools.partial(step, False), carry)
 
 
 def program_rows(p: Plan, size: int):
@@ -123,7 +172,7 @@ def program_rows(p: Plan, size: int):
 
 def _forward_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = sizes(p, FORWARD)
+    size, keys = _held(p, "forward")
     b, h, tile, start = program_rows(p, size)
     rows = pl.ds(start, size)
     q = r["q"][b, h, tile, rows, :]
@@ -131,13 +180,13 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
     def body(k, v, sides, carry):
         top, mass, total = carry
-        key_int, key, valid = sides
+        key_int, key, valid, _ = sides
         s = dot(q, k, NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
         s = logits_of(p, opt, row_int, key_int)(s, row, key)
         if opt.normalizer == "none":
-            return top, mass, total + dot(jnp.where(ok, s, 0.0).astype(v.dtype), v, NN)
-        s = jnp.where(ok, s, -jnp.inf)
+            return top, mass, total + dot(kept(s, ok, valid, 0.0).astype(v.dtype), v, NN)
+        s = kept(s, ok, valid, -jnp.inf)
         new = jnp.maximum(top, s.max(-1))
         safe = jnp.where(new > -jnp.inf, new, 0.0)
         e = jnp.exp(s - safe[:, None])
@@ -146,11 +195,11 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
     init = jnp.full((size,), -jnp.inf), jnp.zeros((size,)), jnp.zeros((size, p.dv_pad))
     init = jax.tree.map(lambda x: x.astype(jnp.float32), init)
-    top, mass, total = over_units(p, r, b, h, tile, keys, body, init)
+    top, mass, total = over_units(p, r, b, h, tile, keys, body, init, rows=rows, split=True)
     if opt.normalizer == "none":
         lse = jnp.zeros_like(mass)
     else:
-        seen = mass > 0
+        seen = mass != 0
         safe = jnp.where(seen, mass, 1.0)
         total = total / safe[:, None]
         lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf)
@@ -160,7 +209,7 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
 def _query_gradient_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = sizes(p, QUERIES)
+    size, keys = _held(p, "queries")
     b, h, tile, start = program_rows(p, size)
     rows = pl.ds(start, size)
     q, do = r["q"][b, h, tile, rows, :], r["do"][b, h, tile, rows, :]
@@ -169,22 +218,46 @@ def _query_gradient_kernel(p: Plan, opt, names, *refs):
 
     def body(k, v, sides, carry):
         dq, d_row = carry
-        key_int, key, valid = sides
+        key_int, key, valid, j = sides
         s, dp = dot(q, k, NT), dot(do, v, NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
-        _, ds, more, _ = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+        _, ds, more, found = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+        if p.weighted:
+            r["d_weight"][b, h, tile, lax.div(start, size), j] = found["+weight"]
         return dq + dot(ds.astype(k.dtype), k, NN), jax.tree.map(jnp.add, d_row, more)
 
     init = jnp.zeros((size, p.d_pad), jnp.float32), {x: jnp.zeros((size, 1), jnp.float32) for x in p.row}
-    dq, d_row = over_units(p, r, b, h, tile, keys, body, init)
+    dq, d_row = over_units(p, r, b, h, tile, keys, body, init, rows=rows, split=True)
     r["dq"][b, h, tile, rows, :] = dq.astype(r["dq"].dtype)
     for i, x in enumerate(p.row):
         r["d_row"][b, h, tile, i, rows] = d_row[x].reshape(size)
 
 
+def _table_gradient_kernel(p: Plan, opt, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    size, keys = _held(p, "queries")
+    b, h, tile, start = program_rows(p, size)
+    rows = pl.ds(start, size)
+    q, do = r["q"][b, h, tile, rows, :], r["do"][b, h, tile, rows, :]
+    lse, delta = (r["sums"][b, h, tile, i, rows][:, None] for i in (0, 1))
+    row_int, row = row_sides(p, r, b, h, tile, start, size, 0)
+    lists, parts = r["lists"], p.unit_rows // keys
+
+    def body(k, v, sides, carry):
+        key_int, key, valid, j = sides
+        s, dp = dot(q, k, NT), dot(do, v, NT)
+        ok = visible(opt, s.shape, valid, row_int, key_int)
+        found = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)[3]
+        unit = lists[*at(p, lists, b, h), tile, 0, 1 + lax.div(j, parts)]
+        r["d_table"][b, h, tile, unit, rows, pl.ds(lax.rem(j, parts) * keys, keys)] = found["+table"]
+        return carry
+
+    over_units(p, r, b, h, tile, keys, body, 0, rows=rows, split=True)
+
+
 def _key_gradient_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    size, keys = sizes(p, KEYS)
+    size, keys = _held(p, "keys")
     cut = p.unit_rows // keys
     b, g, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
     unit, start = lax.div(i, cut), lax.rem(i, cut) * keys
@@ -195,21 +268,26 @@ def _key_gradient_kernel(p: Plan, opt, names, *refs):
         h = g * blocks + part
         key_int, key, valid = key_sides(p, r, b, h, unit, start, keys, 0)
 
-        def body(tile, first, limits, carry):
+        def body(tile, first, limits, carry, full, weight):
             dk, dv, d_key = carry
             rows = pl.ds(first, size)
             q, do = r["q"][b, h, tile, rows, :], r["do"][b, h, tile, rows, :]
             lse, delta = (r["sums"][b, h, tile, i, rows][None, :] for i in (0, 1))
             row_int, row = row_sides(p, r, b, h, tile, first, size, 1)
             live = valid * inside(*limits, valid.shape, 0) if p.bounded else valid
+            added = {"+weight": weight} if p.weighted else {}
+            if p.tabled:
+                added["+table"] = _table(p, r, b, h, tile, unit, rows, pl.ds(start, keys)).T
             s, dp = dot(k, q, NT), dot(v, do, NT)  # keys by queries
-            ok = visible(opt, s.shape, live, row_int, key_int)
-            prob, ds, _, more = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+            ok = visible(opt, s.shape, None if full else live, row_int, key_int)
+            sides = row_int, key_int
+            prob, ds, _, more = pair_gradient(p, opt, s, dp, ok, lse, delta, sides, row, key | added)
+            more = {x: more[x] for x in p.key_floats}
             dv = dv + dot(prob.astype(do.dtype), do, NN)
             return dk + dot(ds.astype(q.dtype), q, NN), dv, jax.tree.map(jnp.add, d_key, more)
 
         d_key = {x: jnp.zeros((keys, 1), jnp.float32) for x in p.key_floats}
-        dk, dv, d_key = over_rows(p, r, b, h, unit, start, size, body, (*carry, d_key))
+        dk, dv, d_key = over_rows(p, r, b, h, unit, start, size, body, (*carry, d_key), split=True)
         for i, x in enumerate(p.key_floats):
             r["d_key"][b, h, unit, i, pl.ds(start, keys)] = d_key[x].reshape(keys)
         return dk, dv
@@ -223,13 +301,17 @@ def _key_gradient_kernel(p: Plan, opt, names, *refs):
 # -------------------------------------------------------------------------------------------------------------- calls
 
 
-def _call(p: Plan, opt, kernel, operands: dict, outs: dict, grid, name: str, interpret):
-    warps = 8 if max(p.d_pad, p.dv_pad) > 128 or p.rows > 64 else 4
+def call(p: Plan, opt, kernel, operands: dict, outs: dict, grid, name: str, interpret, *, kind="forward", zeros=False):
+    """``kind``: whose tuned warps and stages; ``zeros``: the outputs hold them until they are written."""
+    operands = operands | ({x: jnp.zeros(a.shape, a.dtype) for x, a in outs.items()} if zeros else {})
+    names = (*(f"zero {x}" if x in outs else x for x in operands), *outs)
+    size = tuned(p, kind)
     found = pl.pallas_call(
-        functools.partial(kernel, p, opt, (*operands, *outs)),
+        functools.partial(kernel, p, opt, names),
         grid=grid,
         out_shape=list(outs.values()),
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        input_output_aliases={i: list(outs).index(x) for i, x in enumerate(operands) if x in outs},
+        compiler_params=plt.CompilerParams(num_warps=size["warps"], num_stages=size["stages"]),
         name=name,
         interpret=interpret,
     )(*operands.values())
@@ -243,8 +325,8 @@ def _shape(dtype, *size):
 def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
     block = (p.b, p.blocks, p.tiles)
     outs = {"out": _shape(keys["v"].dtype, *block, p.rows, p.dv_pad), "lse": _shape(jnp.float32, *block, 1, p.rows)}
-    grid = (p.tiles * (p.rows // sizes(p, FORWARD)[0]), p.blocks, p.b)
-    return _call(p, opt, _forward_kernel, rows | keys, outs, grid, "flash_forward", interpret)
+    grid = (p.tiles * (p.rows // _held(p, "forward")[0]), p.blocks, p.b)
+    return call(p, opt, _forward_kernel, rows | keys, outs, grid, "flash_forward", interpret)
 
 
 def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
@@ -252,8 +334,26 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     outs = {"dq": _shape(rows["q"].dtype, *block, p.rows, p.d_pad)}
     if p.row:
         outs["d_row"] = _shape(jnp.float32, *block, len(p.row), p.rows)
-    grid = (p.tiles * (p.rows // sizes(p, QUERIES)[0]), p.blocks, p.b)
-    return _call(p, opt, _query_gradient_kernel, rows | keys, outs, grid, "flash_query_gradient", interpret)
+    pieces, cut = p.rows // _held(p, "queries")[0], p.unit_rows // _held(p, "queries")[1]
+    length = layout.list_length(p, rows["lists"])
+    if p.weighted:
+        outs["d_weight"] = _shape(jnp.float32, *block, pieces, length * cut)
+    found = call(p, opt, _query_gradient_kernel, rows | keys, outs, (p.tiles * pieces, p.blocks, p.b),
+                 "flash_query_gradient", interpret, kind="queries")  # fmt: skip
+    if p.weighted:  # what lies behind a list's end was not written
+        weight = found["d_weight"].reshape(*block, pieces, length, cut).sum((3, 5))
+        count = rows["lists"][:, :, :, 0, :1]
+        count = jnp.repeat(count, p.blocks // count.shape[1], axis=1)
+        found["d_weight"] = jnp.where(jnp.arange(length) < count, weight, 0.0)
+    return found
+
+
+def _table_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    table = p.b, p.blocks, p.tiles, p.units + 1, p.rows, p.unit_lanes
+    grid = (p.tiles * (p.rows // _held(p, "queries")[0]), p.blocks, p.b)
+    outs = {"d_table": _shape(jnp.float32, *table)}
+    name = "flash_table_gradient"
+    return call(p, opt, _table_gradient_kernel, rows | keys, outs, grid, name, interpret, kind="queries", zeros=True)
 
 
 def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
@@ -263,11 +363,11 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     outs = {"dk": _shape(keys["k"].dtype, *unit, p.d_pad), "dv": _shape(keys["v"].dtype, *unit, p.dv_pad)}
     if p.key_floats:
         outs["d_key"] = _shape(jnp.float32, p.b, p.blocks, p.units, len(p.key_floats), p.unit_lanes)
-    grid = (p.units * (p.unit_rows // sizes(p, KEYS)[1]), p.g, p.b)
-    return _call(p, opt, _key_gradient_kernel, operands, outs, grid, "flash_key_gradient", interpret)
+    grid = (p.units * (p.unit_rows // _held(p, "keys")[1]), p.g, p.b)
+    return call(p, opt, _key_gradient_kernel, operands, outs, grid, "flash_key_gradient", interpret, kind="keys")
 
 
-BODY = Body("gpu", _plan, _forward, _query_gradient, _key_gradient)
+BODY = Body("gpu", plan, _forward, _query_gradient, _key_gradient, _table_gradient, half=True)
 
 
 def flash(o: dict, opt, interpret=False):

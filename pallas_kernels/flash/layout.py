@@ -9,13 +9,17 @@ that kernels need no notion of liveness.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash.lists import full_entries
+
 LANES = 128
 CHUNK = 128  # entries of a transposed list read at a time
+TAINTED = 2  # the "valid" of a key whose NaN or infinity was put aside: who sees it gets NaN, nobody else
 
 
 def ceil_to(n: int, size: int) -> int:
@@ -49,6 +53,9 @@ class Plan:
     biased: bool
     bounded: bool
     float32: bool
+    full: bool
+    weighted: bool
+    tabled: bool
 
     @property
     def tiles(self) -> int:
@@ -80,13 +87,15 @@ def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, p
     heads += [o["key_bias"].shape[2]] if biased else []
     r = h // g
     pack = 1
-    if not any(x == h and x != g for x in heads):  # one list and one set of key facts for the heads of a block
+    tabled = o.get("bias") is not None
+    if not tabled and not any(x == h and x != g for x in heads):  # one list, one set of key facts for the heads of a block
         pack = max(p for p in range(1, r + 1) if r % p == 0 and (p == 1 or p * opt.tile <= rows))
     unit_rows = pad_unit(opt.unit)
     return Plan(
         b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, pad_rows(pack * opt.tile), unit_rows, pad_lanes(opt.unit),
         max(1, min(o["index"].shape[3], keys // unit_rows)), pad_width(d), pad_width(dv),
         tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None, o["q"].dtype == jnp.float32,
+        unit_rows == opt.unit, o.get("log_weight") is not None, tabled,
     )  # fmt: skip
 
 
@@ -148,56 +157,111 @@ def _per_key(x):
     return x[..., None] if x.ndim == 2 else jnp.moveaxis(x, 1, 2)
 
 
-def arrange_floats(p: Plan, o: dict) -> dict:
-    """The differentiable operands, by a linear map."""
-    out = {"q": rows_of(p, o["q"], p.d_pad), "k": units_of(p, o["k"], p.d_pad), "v": units_of(p, o["v"], p.dv_pad)}
+def key_state(o: dict):
+    """int32 [B, M, G]: 0 for an invalid key, 1, or ``TAINTED`` for one with a NaN (or an infinity, in k or v)."""
+    b, m, g = o["k"].shape[:3]
+    odd = [~jnp.isfinite(o[x]).all(-1) for x in ("k", "v")]
+    for x in [o.get("key_bias"), *o.get("key", {}).values()]:
+        if x is not None:  # [b, M, 1|G|H]
+            x = jnp.isnan(x)
+            odd.append(x if x.shape[2] in (1, g) else x.reshape(*x.shape[:2], g, -1).any(-1))
+    tainted = functools.reduce(jnp.logical_or, odd)
+    return jnp.broadcast_to(jnp.where(_per_key(o["k_valid"]), jnp.where(tainted, TAINTED, 1), 0), (b, m, g))
+
+
+def arrange_floats(p: Plan, o: dict, opt=None) -> dict:
+    """The differentiable operands, by a linear map. Keys that are invalid or tainted become zeros: 0 x NaN is NaN."""
+    state = key_state(o)
+
+    def clean(x):  # [b, M, 1|G|H]
+        h = x.shape[2]
+        return jnp.where((state if h in (1, p.g) else jnp.repeat(state, h // p.g, axis=2)) == 1, x, 0)
+
+    k, v = (jnp.where((state == 1)[..., None], o[x], 0) for x in ("k", "v"))
+    out = {"q": rows_of(p, o["q"], p.d_pad), "k": units_of(p, k, p.d_pad), "v": units_of(p, v, p.dv_pad)}
     if p.row:
         out["row"] = row_facts(p, [o["row"][x].astype(jnp.float32) for x in p.row])
     if p.key_floats:
         facts = [(o["key_bias"] if x == "+bias" else o["key"][x]).astype(jnp.float32) for x in p.key_floats]
-        out["key"] = key_facts(p, facts)
+        out["key"] = key_facts(p, [clean(x) for x in facts])
+    if p.weighted:
+        out["weight"] = _pad(_ordered(p, o, opt)(o["log_weight"].astype(jnp.float32)), 3, _length(p, o))
+    if p.tabled:
+        x = _pad(_pad(o["bias"], 2, p.tiles * p.tile), 3, (p.units + 1) * p.unit)
+        x = x.reshape(*x.shape[:2], p.tiles, p.tile, p.units + 1, p.unit)
+        out["table"] = _pad(_pad(jnp.swapaxes(x, 3, 4), 4, p.rows), 5, p.unit_lanes)
     return out
 
 
-def arrange_ints(p: Plan, o: dict) -> dict:
-    """Fields and lists. ``lists`` [b, Hs, tiles, 1, 1 + L (+ 2 L)]: the count, then units, then the live ranges."""
-    fields = [_per_key(o["k_valid"]).astype(jnp.int32)] + [_per_key(o["k_fields"][x]) for x in p.query_fields]
+def _length(p: Plan, o: dict) -> int:
+    return ceil_to(o["index"].shape[3], p.step)
+
+
+def _ordered(p: Plan, o: dict, opt):
+    """f(x [b, Hs, tiles, K, ...]) with the entries whose pairs need no mask first."""
+    full = _full(p, o, opt)
+    if full is None:
+        return lambda x: x
+    order = jnp.argsort(~full, axis=-1, stable=True)
+    return lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 4)), 3)
+
+
+def _full(p: Plan, o: dict, opt):
+    return full_entries(o, opt, jnp.swapaxes(key_state(o) == 1, 1, 2)) if p.full and opt is not None else None
+
+
+def arrange_ints(p: Plan, o: dict, opt=None) -> dict:
+    """Fields and lists. ``lists`` [b, Hs, tiles, 1, 1 + L (+ 2 L) (+ L) + 1]: the count, then units, the live ranges, the
+    bits of the weights, and how many of the first entries need no mask."""
+    fields = [key_state(o)] + [_per_key(o["k_fields"][x]) for x in p.query_fields]
     out = {"key_int": key_facts(p, fields)}
     if p.query_fields:
         out["row_int"] = row_facts(p, [_per_row(p, o["q_fields"][x]) for x in p.query_fields])
-    index, count = o["index"], o["count"]
-    k = index.shape[3]
-    count = jnp.clip(count, 0, k)
-    used = (jnp.arange(k) < count[..., None]) & (index >= 0) & (index < p.units)
-    index = _pad(jnp.where(used, index, p.units), 3, ceil_to(k, p.step), p.units)
-    parts = [count[..., None], index]
+    k = o["index"].shape[3]
+    count = jnp.clip(o["count"], 0, k)
+    used = (jnp.arange(k) < count[..., None]) & (o["index"] >= 0) & (o["index"] < p.units)
+    o = o | {"index": jnp.where(used, o["index"], p.units)}
+    full, ordered, length = _full(p, o, opt), _ordered(p, o, opt), _length(p, o)
+    parts = [count[..., None], _pad(ordered(o["index"]), 3, length, p.units)]
     if p.bounded:
-        parts += [_pad(o["bounds"][..., side], 3, index.shape[3]) for side in (0, 1)]
-    out["lists"] = jnp.concatenate(parts, -1).astype(jnp.int32)[:, :, :, None]
+        bounds = ordered(jnp.broadcast_to(o["bounds"], (*o["index"].shape, 2)))
+        parts += [_pad(bounds[..., side], 3, length) for side in (0, 1)]
+    if p.weighted:
+        weight = _pad(ordered(o["log_weight"].astype(jnp.float32)), 3, length)
+        parts.append(lax.bitcast_convert_type(weight, jnp.int32))
+    parts.append(jnp.zeros_like(count)[..., None] if full is None else full.sum(-1, keepdims=True))
+    out["lists"] = jnp.concatenate([x.astype(jnp.int32) for x in parts], -1)[:, :, :, None]
     return out
 
 
 def list_length(p: Plan, lists) -> int:
-    return (lists.shape[-1] - 1) // (3 if p.bounded else 1)
+    return (lists.shape[-1] - 2) // words(p)
+
+
+def words(p: Plan) -> int:
+    """int32 words of a list entry."""
+    return 1 + 2 * p.bounded + p.weighted
 
 
 def transpose_lists(p: Plan, lists):
-    """Which query tiles list each unit: (chunks [b, Hs, C, 1 | 3, CHUNK], offsets [b, Hs, 1, 1, units + 1]).
+    """Which query tiles list each unit: (chunks [b, Hs, C, words of an entry, CHUNK], offsets [b, Hs, 1, 1, 2 units + 1]).
 
     The entries of unit u are offsets[u] .. offsets[u + 1] of the chunks laid end to end: as long as the lists, where
-    one list per unit would have to be as long as there are tiles."""
+    one list per unit would have to be as long as there are tiles. From offsets[units + 1 + u] on they need a mask."""
     length = list_length(p, lists)
     b, hs = lists.shape[:2]
-    unit = lists[:, :, :, 0, 1 : 1 + length].reshape(b, hs, -1)
+    lists = lists[:, :, :, 0]
+    partial = jnp.arange(length) >= lists[..., -1:]
+    unit = (2 * lists[..., 1 : 1 + length] + partial).reshape(b, hs, -1)
     tile = jnp.broadcast_to(jnp.arange(p.tiles, dtype=jnp.int32)[:, None], (p.tiles, length)).reshape(-1)
     payload = [jnp.broadcast_to(tile, unit.shape)]
-    if p.bounded:
-        payload += [lists[:, :, :, 0, 1 + i * length : 1 + (i + 1) * length].reshape(b, hs, -1) for i in (1, 2)]
+    payload += [lists[..., 1 + i * length : 1 + (i + 1) * length].reshape(b, hs, -1) for i in range(1, words(p))]
     unit, *payload = lax.sort((unit, *payload), num_keys=1, is_stable=True)
-    find = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(p.units + 1, dtype=jnp.int32))))
+    find = jax.vmap(jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(2 * p.units + 1, dtype=jnp.int32))))
     size = ceil_to(unit.shape[-1], CHUNK)
     chunks = jnp.stack([_pad(x, 2, size).reshape(b, hs, size // CHUNK, CHUNK) for x in payload], 3)
-    return chunks, find(unit).astype(jnp.int32)[:, :, None, None]
+    offsets = find(unit).astype(jnp.int32)
+    return chunks, jnp.concatenate([offsets[..., 0::2], offsets[..., 1::2]], -1)[:, :, None, None]
 
 
 # ------------------------------------------------------------------------------------------------ what lowers
@@ -234,21 +298,25 @@ def refused(call, *args) -> list[str]:
     return sorted(set(found)) + ["a captured array"] * any(jnp.ndim(x) > 0 for x in closed.consts)
 
 
-def unsupported(o: dict, opt) -> str | None:
-    """What the accelerator bodies cannot do with this call, or None."""
+def unsupported(o: dict, opt, *, extras: bool = False, half: bool = False) -> str | None:
+    """What an accelerator body cannot do with this call, or None. ``extras``: it reads tables and weights of units;
+    ``half``: it multiplies float16."""
+    dtypes = [jnp.float32, jnp.bfloat16] + [jnp.float16] * half
     for name in ("q", "k", "v"):
-        if o[name].dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} of {o[name].dtype}: expected float32 or bfloat16"
+        if o[name].dtype not in dtypes:
+            return f"{name} of {o[name].dtype}: expected {' or '.join(jnp.dtype(x).name for x in dtypes)}"
     if o["k"].dtype != o["q"].dtype:
         return f"k of {o['k'].dtype} beside q of {o['q'].dtype}: expected one dtype"
-    if o.get("bias") is not None:
+    if o.get("bias") is not None and not extras:
         return "bias that differs by query (a table of queries by keys); key_bias is supported"
-    if o.get("log_weight") is not None:
+    if o.get("log_weight") is not None and not extras:
         return "log_weight of units"
     if max(o["q"].shape[3], o["v"].shape[3]) > 256:
         return f"head sizes {o['q'].shape[3]} and {o['v'].shape[3]}: expected at most 256"
-    if not 8 <= opt.unit <= 1024:
-        return f"units of {opt.unit} keys: expected 8 to 1024"
+    if opt.unit > 1024:
+        return f"units of {opt.unit} keys: expected at most 1024"
+    if opt.unit < 8 and o.get("bias") is not None:
+        return f"bias that differs by query with units of {opt.unit} keys: expected at least 8"
     if opt.tile > 1024:
         return f"tiles of {opt.tile} queries: expected at most 1024"
     names = {x: jnp.zeros((2, 3), jnp.int32) for x in o["q_fields"]}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _tuned
 from pallas_kernels.flash import layout, tpu_kernels
 from pallas_kernels.flash.body import Body, run
 from pallas_kernels.flash.layout import LANES, Plan, ceil_to
@@ -33,18 +34,23 @@ def params(order):
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_LIMIT)
 
 
-def by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: dict, name: str, interpret):
-    """Call a kernel whose grid is (batch, row blocks, query tiles); ``rows``: arrays read by block, ``keys``: by unit."""
+def by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: dict, name: str, interpret, filled=None):
+    """Call a kernel whose grid is (batch, row blocks, query tiles); ``rows``: arrays read by block, ``keys``: by unit.
+    ``filled`` {row array: output}: outputs that stay in HBM and hold the array's values until the kernel writes."""
+    filled = filled or {}
+    place = {x: ANYWHERE for pair in filled.items() for x in pair}
     tile = lambda *step: step  # noqa: E731
     streamed, buffers = tpu_kernels.key_buffers(p, keys)
     names = [*rows, *keys, *outs, *scratch, *("+" + x for x in streamed), "sem"]
-    specs = [block_spec(p, x, tile, pltpu.SMEM if n == "lists" else pltpu.VMEM) for n, x in rows.items()]
+    memory = {"lists": pltpu.SMEM}
+    specs = [place.get(n) or block_spec(p, x, tile, memory.get(n, pltpu.VMEM)) for n, x in rows.items()]
     found = pl.pallas_call(
         functools.partial(kernel, p, opt, tuple(names), tuple(streamed)),
         grid=(p.b, p.blocks, p.tiles),
         in_specs=specs + [ANYWHERE] * len(keys),
-        out_specs=[block_spec(p, x, tile) for x in outs.values()],
+        out_specs=[place.get(n) or block_spec(p, x, tile) for n, x in outs.items()],
         out_shape=list(outs.values()),
+        input_output_aliases={list(rows).index(x): list(outs).index(y) for x, y in filled.items()},
         scratch_shapes=[*scratch.values(), *buffers],
         compiler_params=params(("parallel", "parallel", "arbitrary")),
         name=name,
@@ -70,13 +76,30 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     if p.row:
         outs["d_row"] = jax.ShapeDtypeStruct((*grid, len(p.row), p.rows), jnp.float32)
         scratch["row_total"] = pltpu.VMEM((len(p.row), p.rows, LANES), jnp.float32)
-    return by_tile(p, opt, tpu_kernels.query_gradient_kernel, rows, keys, outs, scratch, "flash_query_gradient", interpret)
+    length = layout.list_length(p, rows["lists"])
+    if p.weighted:
+        outs["d_weight"] = jax.ShapeDtypeStruct((*grid, 1, ceil_to(length, LANES)), jnp.float32)
+    found = by_tile(p, opt, tpu_kernels.query_gradient_kernel, rows, keys, outs, scratch, "flash_query_gradient", interpret)
+    if p.weighted:
+        found["d_weight"] = found["d_weight"][:, :, :, 0, :length]
+    return found
+
+
+def _table_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    shape = p.b, p.blocks, p.tiles, p.units + 1, p.rows, p.unit_lanes
+    rows = rows | {"zeros": jnp.zeros(shape, jnp.float32)}
+    outs = {"d_table": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    scratch = {"pair": pltpu.VMEM((p.rows, p.unit_lanes), jnp.float32), "pair_sem": pltpu.SemaphoreType.DMA}
+    kernel = tpu_kernels.table_gradient_kernel
+    return by_tile(p, opt, kernel, rows, keys, outs, scratch, "flash_table_gradient", interpret, {"zeros": "d_table"})
 
 
 def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     parts = p.blocks // p.g
     chunks, offsets = layout.transpose_lists(p, rows["lists"])
-    streamed = {x: a for x, a in rows.items() if x != "lists"}
+    table = {x: a for x, a in keys.items() if x == "table"}
+    streamed = {x: a for x, a in rows.items() if x != "lists"} | table
+    keys = {x: a for x, a in keys.items() if x != "table"}
 
     def unit(b, g, u, part):
         return b, g * parts + part, u
@@ -118,12 +141,14 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
 def _plan(o: dict, opt) -> Plan:
     sublanes = 16 if jnp.bfloat16 in (o["k"].dtype, o["v"].dtype) else 8
     whole = lambda n: ceil_to(n, LANES)  # noqa: E731
+    shape = _tuned.width(o["q"].shape[3], o["v"].shape[3])
+    held = _tuned.sizes("flash", "tpu", shape, o["q"].dtype, {"rows": ROWS, "keys": KEYS})
     return layout.plan(
-        o, opt, rows=ROWS, keys=KEYS, pad_rows=whole, pad_unit=lambda n: ceil_to(n, sublanes), pad_lanes=whole, pad_width=whole
+        o, opt, **held, pad_rows=whole, pad_unit=lambda n: ceil_to(n, sublanes), pad_lanes=whole, pad_width=whole
     )
 
 
-BODY = Body("tpu", _plan, _forward, _query_gradient, _key_gradient)
+BODY = Body("tpu", _plan, _forward, _query_gradient, _key_gradient, _table_gradient)
 
 
 def flash(o: dict, opt, interpret=False):

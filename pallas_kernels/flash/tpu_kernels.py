@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import layout
-from pallas_kernels.flash.layout import CHUNK, LANES, Plan
-from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, logits_of, pair_gradient, visible
+from pallas_kernels.flash.layout import CHUNK, LANES, Plan, words
+from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, kept, logits_of, pair_gradient, visible, weight_of
 
 
 def as_column(x):
@@ -37,22 +37,30 @@ def _facts(names, ref, turn):
 
 def key_buffers(p: Plan, arrays: dict):
     """Double buffers for ``step`` units of each key array in HBM."""
-    names = [x for x in ("k", "v", "key_int", "key") if x in arrays]
-    shapes = {x: pltpu.VMEM((2, p.step, *arrays[x].shape[3:]), arrays[x].dtype) for x in names}
+    names = [x for x in ("k", "v", "key_int", "key", "table") if x in arrays]
+    shapes = {x: pltpu.VMEM((2, p.step, *arrays[x].shape[4 if x == "table" else 3 :]), arrays[x].dtype) for x in names}
     return names, [shapes[x] for x in names] + [pltpu.SemaphoreType.DMA((2,))]
 
 
-def over_units(p: Plan, r: dict, names, b, h, body):
+def source(p: Plan, r: dict, name: str, b, h, tile, unit):
+    """Where in HBM the array called ``name`` holds a unit, or its pair with a query tile."""
+    place = at(p, r[name], b, h)
+    return r[name].at[*place, tile, unit] if name == "table" else r[name].at[*place, unit]
+
+
+def over_units(p: Plan, r: dict, names, b, h, body, *, split: bool = False):
     """Run ``body(entry, fetched)`` for each step of the list in ``r["lists"]``; ``fetched`` maps names to
-    ``[step, ...]`` views of the units."""
+    ``[step, ...]`` views of the units. ``split``: the body is told by a third argument which steps need no mask."""
     steps = lax.div(r["lists"][0, 0] + p.step - 1, p.step)
+    whole = lax.div(r["lists"][0, r["lists"].shape[1] - 1], p.step)
+    tile = pl.program_id(2)
 
     def copies(j, slot, real: bool):
         for c in range(p.step):
             unit = r["lists"][0, 1 + j * p.step + c] if real else 0
             for name in names:
-                source = r[name].at[*at(p, r[name], b, h), unit]
-                yield pltpu.make_async_copy(source, r["+" + name].at[slot, c], r["sem"].at[slot])
+                held = source(p, r, name, b, h, tile, unit)
+                yield pltpu.make_async_copy(held, r["+" + name].at[slot, c], r["sem"].at[slot])
 
     def start(j, slot):
         for copy in copies(j, slot, True):
@@ -71,7 +79,12 @@ def over_units(p: Plan, r: dict, names, b, h, body):
 
         for copy in copies(j, slot, False):
             copy.wait()
-        body(j * p.step, {name: r["+" + name].at[slot] for name in names})
+        got = {name: r["+" + name].at[slot] for name in names}
+        if split and p.full:
+            pl.when(j < whole)(lambda: body(j * p.step, got, True))
+            pl.when(j >= whole)(lambda: body(j * p.step, got, False))
+        else:
+            body(j * p.step, got, *((False,) if split else ()))
         return 0
 
     lax.fori_loop(0, steps, step, 0)
@@ -82,14 +95,24 @@ def _together(p: Plan, ref, i: int):
     return jnp.concatenate([ref[c, i : i + 1, : p.unit_rows] for c in range(p.step)], -1)
 
 
-def fetched_keys(p: Plan, r: dict, entry, got: dict):
-    """(key floats, key ints, valid) of the fetched units, as rows."""
+def fetched_keys(p: Plan, r: dict, entry, got: dict, full: bool = False):
+    """(key floats, key ints, valid) of the fetched units, as rows; of units that need no mask, ``valid`` is None."""
+    lists, length = r["lists"], layout.list_length(p, r["lists"])
     key_int = {x: _together(p, got["key_int"], 1 + i) for i, x in enumerate(p.query_fields)}
     key = {x: _together(p, got["key"], i) for i, x in enumerate(p.key_floats)}
+    shape = (1, p.unit_rows)
+    if p.weighted:
+        first = 1 + (words(p) - 1) * length + entry
+        weights = [jnp.broadcast_to(weight_of(lists[0, first + c]), shape) for c in range(p.step)]
+        key["+weight"] = jnp.concatenate(weights, -1)
+    if p.tabled:
+        tables = [got["table"][c, :, : p.unit_rows].astype(jnp.float32) for c in range(p.step)]
+        key["+table"] = jnp.concatenate(tables, -1)
+    if full:
+        return key, key_int, None
     valid = _together(p, got["key_int"], 0)
     if p.bounded:
-        low, high = (1 + i * layout.list_length(p, r["lists"]) + entry for i in (1, 2))
-        lists, shape = r["lists"], (1, p.unit_rows)
+        low, high = (1 + i * length + entry for i in (1, 2))
         live = [inside(lists[0, low + c], lists[0, high + c], shape, 1) for c in range(p.step)]
         valid = valid * jnp.concatenate(live, -1)
     return key, key_int, valid
@@ -117,16 +140,16 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
     r["mass"][...] = jnp.zeros_like(r["mass"])
     r["total"][...] = jnp.zeros_like(r["total"])
 
-    def body(entry, got):
-        key, key_int, valid = fetched_keys(p, r, entry, got)
+    def body(entry, got, full):
+        key, key_int, valid = fetched_keys(p, r, entry, got, full)
         s = dot(r["q"][...], merged(p, got["k"]), NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
         s = logits_of(p, opt, row_int, key_int)(s, row, key)
         v = merged(p, got["v"])
         if opt.normalizer == "none":
-            r["total"][...] += dot(jnp.where(ok, s, 0.0).astype(v.dtype), v, NN)
+            r["total"][...] += dot(kept(s, ok, valid, 0.0).astype(v.dtype), v, NN)
             return
-        s = jnp.where(ok, s, -jnp.inf)
+        s = kept(s, ok, valid, -jnp.inf)
         top = r["top"][:, :1]
         new = jnp.maximum(top, s.max(-1, keepdims=True))
         safe = jnp.where(new > -jnp.inf, new, 0.0)
@@ -137,13 +160,13 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
         r["top"][...] = jnp.broadcast_to(new, wide)
         r["total"][...] = r["total"][...] * shrink + dot(e.astype(v.dtype), v, NN)
 
-    over_units(p, r, keys, b, h, body)
+    over_units(p, r, keys, b, h, body, split=True)
     if opt.normalizer == "none":
         r["out"][...] = r["total"][...].astype(r["out"].dtype)
         r["lse"][...] = jnp.zeros_like(r["lse"])
         return
     top, mass = r["top"][:, :1], r["mass"][:, :1]
-    seen = mass > 0
+    seen = mass != 0
     safe = jnp.where(seen, mass, 1.0)
     r["out"][...] = (r["total"][...] / safe).astype(r["out"].dtype)
     r["lse"][...] = as_row(jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf))
@@ -157,18 +180,25 @@ def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
     r["d_total"][...] = jnp.zeros_like(r["d_total"])
     if p.row:
         r["row_total"][...] = jnp.zeros_like(r["row_total"])
+    if p.weighted:
+        r["d_weight"][...] = jnp.zeros_like(r["d_weight"])
 
-    def body(entry, got):
-        key, key_int, valid = fetched_keys(p, r, entry, got)
+    def body(entry, got, full):
+        key, key_int, valid = fetched_keys(p, r, entry, got, full)
         k = merged(p, got["k"])
         s, dp = dot(r["q"][...], k, NT), dot(r["do"][...], merged(p, got["v"]), NT)
         ok = visible(opt, s.shape, valid, sides, key_int)
-        _, ds, d_row, _ = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
+        _, ds, d_row, d_key = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
         r["d_total"][...] += dot(ds.astype(k.dtype), k, NN)
         for i, x in enumerate(p.row):
             r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
+        if p.weighted:
+            slots = lax.broadcasted_iota(jnp.int32, r["d_weight"].shape, 1)
+            for c in range(p.step):
+                one = d_key["+weight"][:, c * p.unit_rows : (c + 1) * p.unit_rows].sum(1, keepdims=True)
+                r["d_weight"][...] += jnp.where(slots == entry + c, jnp.broadcast_to(one, slots.shape), 0.0)
 
-    over_units(p, r, keys, b, h, body)
+    over_units(p, r, keys, b, h, body, split=True)
     r["dq"][...] = r["d_total"][...].astype(r["dq"].dtype)
     for i in range(len(p.row)):
         r["d_row"][i : i + 1, :] = r["row_total"][i].T[:1]
@@ -176,23 +206,48 @@ def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
 
 def row_buffers(arrays: dict, chunks) -> dict:
     """Double buffers for a row block of each array in HBM, and for a chunk of the transposed lists."""
-    buffers = {"+" + x: pltpu.VMEM((2, *a.shape[3:]), a.dtype) for x, a in arrays.items()}
+    buffers = {"+" + x: pltpu.VMEM((2, *a.shape[4 if x == "table" else 3 :]), a.dtype) for x, a in arrays.items()}
     buffers |= {"+chunks": pltpu.SMEM((2, *chunks.shape[3:]), jnp.int32)}
     return buffers | {"sem": pltpu.SemaphoreType.DMA((2,)), "chunk_sem": pltpu.SemaphoreType.DMA}
 
 
-def over_row_blocks(p: Plan, r: dict, streamed, b, h, u, body):
+def table_gradient_kernel(p: Plan, opt, names, keys, *refs):
+    r = dict(zip(names, refs, strict=True))
+    b, h = pl.program_id(0), pl.program_id(1)
+    sides, row = row_sides(p, r, as_column)
+    lse, delta = as_column(r["sums"][0:1, :]), as_column(r["sums"][1:2, :])
+    held = r["pair"]
+    held[...] = jnp.zeros_like(held)
+
+    def body(entry, got, full):
+        key, key_int, valid = fetched_keys(p, r, entry, got, full)
+        s, dp = dot(r["q"][...], merged(p, got["k"]), NT), dot(r["do"][...], merged(p, got["v"]), NT)
+        ok = visible(opt, s.shape, valid, sides, key_int)
+        found = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)[3]["+table"]
+        for c in range(p.step):
+            held[:, : p.unit_rows] = found[:, c * p.unit_rows : (c + 1) * p.unit_rows]
+            unit = r["lists"][0, 1 + entry + c]
+            copy = pltpu.make_async_copy(held, r["d_table"].at[b, h, pl.program_id(2), unit], r["pair_sem"])
+            copy.start()
+            copy.wait()
+
+    over_units(p, r, keys, b, h, body, split=True)
+
+
+def over_row_blocks(p: Plan, r: dict, streamed, b, h, u, body, *, split: bool = False):
     """Run ``body(limits, fetched)`` for each row block that lists unit ``u``: ``limits`` is the (start, stop) of its live
-    range or None, ``fetched`` maps the ``streamed`` names to views of the block."""
+    range or None, ``fetched`` maps the ``streamed`` names to views of the block. ``split``: the body gets two more
+    arguments, whether the pair needs no mask, and the weight of the entry or None."""
     first, last = r["offsets"][0, u], r["offsets"][0, u + 1]
+    middle = r["offsets"][0, p.units + 1 + u]
 
     def chunk(e):
         return lax.rem(lax.div(e, CHUNK), 2), lax.rem(e, CHUNK)
 
     def copies(slot, tile):
         for name in streamed:
-            source = r[name].at[*at(p, r[name], b, h), tile]
-            yield pltpu.make_async_copy(source, r["+" + name].at[slot], r["sem"].at[slot])
+            held = source(p, r, name, b, h, tile, u if name == "table" else tile)
+            yield pltpu.make_async_copy(held, r["+" + name].at[slot], r["sem"].at[slot])
 
     def start(e, slot):
         side, place = chunk(e)
@@ -200,8 +255,8 @@ def over_row_blocks(p: Plan, r: dict, streamed, b, h, u, body):
 
         @pl.when((e == first) | (place == 0))
         def _():
-            source = lists.at[*at(p, lists, b, h), lax.div(e, CHUNK)]
-            copy = pltpu.make_async_copy(source, r["+chunks"].at[side], r["chunk_sem"])
+            held = lists.at[*at(p, lists, b, h), lax.div(e, CHUNK)]
+            copy = pltpu.make_async_copy(held, r["+chunks"].at[side], r["chunk_sem"])
             copy.start()
             copy.wait()
 
@@ -224,7 +279,16 @@ def over_row_blocks(p: Plan, r: dict, streamed, b, h, u, body):
         side, place = chunk(e)
         held = r["+chunks"]
         limits = (held[side, 1, place], held[side, 2, place]) if p.bounded else None
-        body(limits, {name: r["+" + name].at[slot] for name in streamed})
+        got = {name: r["+" + name].at[slot] for name in streamed}
+        if not split:
+            body(limits, got)
+            return 0
+        weight = weight_of(held[side, words(p) - 1, place]) if p.weighted else None
+        if p.full:
+            pl.when(e < middle)(lambda: body(limits, got, True, weight))
+            pl.when(e >= middle)(lambda: body(limits, got, False, weight))
+        else:
+            body(limits, got, False, weight)
         return 0
 
     lax.fori_loop(first, last, step, 0)
@@ -253,20 +317,23 @@ def key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
     if p.key_floats:
         r["key_total"][...] = jnp.zeros_like(r["key_total"])
 
-    def body(limits, got):
+    def body(limits, got, full, weight):
         row_int, row = row_sides(p, got, lambda x: x)
         lse, delta = got["sums"][0:1, :], got["sums"][1:2, :]
         q, do = got["q"][...], got["do"][...]
         s, dp = dot(r["k"][...], q, NT), dot(r["v"][...], do, NT)  # keys by queries
         live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
-        ok = visible(opt, s.shape, live, row_int, key_int)
-        prob, ds, _, d_key = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key)
+        ok = visible(opt, s.shape, None if full else live, row_int, key_int)
+        added = {"+weight": jnp.broadcast_to(weight, (1, q.shape[0]))} if p.weighted else {}
+        if p.tabled:
+            added["+table"] = got["table"][...].astype(jnp.float32).T[: p.unit_rows]
+        prob, ds, _, d_key = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), row, key | added)
         r["dv_total"][...] += dot(prob.astype(do.dtype), do, NN)
         r["dk_total"][...] += dot(ds.astype(q.dtype), q, NN)
         for i, x in enumerate(p.key_floats):
             r["key_total"][i, : p.unit_rows] += jnp.broadcast_to(d_key[x], (p.unit_rows, LANES))
 
-    over_row_blocks(p, r, streamed, b, h, u, body)
+    over_row_blocks(p, r, streamed, b, h, u, body, split=True)
 
     @pl.when(part == parts - 1)
     def _():
