@@ -32,13 +32,14 @@ NORMS = ("rms", "srms", "layer", None)
 GATES = ("sigmoid", "low_rank", "linear", None)
 
 
-def lightning_attention_2(q, k, v, slope, state=None, *, chunk=128) -> tuple[Array, Array]:
+def lightning_attention_2(q, k, v, slope, state=None, *, chunk=None) -> tuple[Array, Array]:
     """Causal linear attention with one decay per head (Lightning Attention-2).
 
     Args:
       q: [B, N, H, F].  k: [B, N, G, F].  v: [B, N, G, Dv].  slope: [H] or [B|1, N, H], >= 0: the state shrinks by
         exp(-slope) before a row is added (inf: it forgets everything).
-      state: [B, H, F, Dv] before the first row, or None.  chunk: rows per block; changes speed, not the result.
+      state: [B, H, F, Dv] before the first row, or None.  chunk: rows per block, None for what suits
+        the implementation; changes speed, not the result.
     Returns: out [B, N, H, Dv] and the state after the last row, float32 or wider.
     """
     slope = jnp.asarray(slope)
@@ -74,7 +75,7 @@ def sglu(x, w1, w2, w3) -> Array:
 
 @register("attention")
 def lightning_attention(
-    *, norm="rms", gate="sigmoid", silu_values=True, decay="layer", lrpe=False, eps=1e-6, chunk=128
+    *, norm="rms", gate="sigmoid", silu_values=True, decay="layer", lrpe=False, eps=1e-6, chunk=None
 ) -> LightningAttention:
     """Lightning attention as a layer's attention; it owns its state (decoding is a call with N = 1).
 
@@ -99,14 +100,14 @@ class LightningAttention:
     decay: str | None = "layer"
     lrpe: bool = False
     eps: float = 1e-6
-    chunk: int = 128
+    chunk: int | None = None
     recurrent = True  # not a field: true of every record
 
     def check(self):
         expect("norm", self.norm, f"one of {NORMS}", self.norm in NORMS)
         expect("gate", self.gate, f"one of {GATES}", self.gate in GATES)
         expect("decay", self.decay, "'layer', 'head' or None", self.decay in ("layer", "head", None))
-        expect("chunk", self.chunk, "at least 1", self.chunk >= 1)
+        expect("chunk", self.chunk, "None or at least 1", self.chunk is None or self.chunk >= 1)
 
     def init(self, key, spec: Spec) -> dict:
         width = spec.heads * (spec.value_dim or spec.head_dim)

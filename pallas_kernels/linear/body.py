@@ -15,13 +15,13 @@ from pallas_kernels._vmap import folding
 from pallas_kernels.linear import decays
 from pallas_kernels.linear.reference import floored, repeated
 
-STATES = 24 * 2**20  # bytes of vector memory that the states of one group of heads may take on a TPU
+ENTRIES = 3 * 2**19  # of the states in a TPU's vector memory: 16 bytes each, read and written behind the work
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static facts of one call. ``kv``: heads of keys and values after those of the fewer are repeated, ``r``: query
-    heads that one program works on beside one kv head. Arrays are [B, heads, N, width] with ``heads_first``, else
+    """The static facts of one call. ``kv``: heads of keys and values after those of the fewer are repeated. A program works
+    on ``pack`` of them, each with ``r`` query heads. Arrays are [B, heads, N, width] with ``heads_first``, else
     [B, N, heads, width]; N and the widths are padded with zeros, which leave the state as it is."""
 
     b: int
@@ -29,6 +29,7 @@ class Plan:
     h: int
     kv: int
     r: int
+    pack: int
     f: int
     dv: int
     chunk: int
@@ -45,6 +46,7 @@ class Plan:
 
     @property
     def groups(self) -> int:
+        """Pairs of a kv head and ``r`` query heads: gradients of keys and values come one of each."""
         return self.h // self.r
 
     @property
@@ -64,15 +66,18 @@ class Body(NamedTuple):
 
 
 def plan(o: dict, opt, *, chunks: dict, most: int | None, pad_width, heads_first: bool) -> Plan:
-    """``chunks``: {kind of decay: sizes of a chunk, ascending}; ``most``: query heads of a program, if limited."""
+    """``chunks``: {kind of decay: sizes of a chunk, ascending}; ``most``: query heads of a program that works on several
+    kv heads, None for one that works on one and all its query heads."""
     (b, n, h, f), dv = o["q"].shape, o["v"].shape[3]
     kv = math.lcm(o["k"].shape[2], o["v"].shape[2])
     kind = decay_kind(o)
     sizes = chunks[kind]
     wanted = min(opt.chunk or sizes[-1], n)
     chunk = next((x for x in sizes if x >= wanted), sizes[-1])
-    r = max(x for x in range(1, h // kv + 1) if h // kv % x == 0 and (most is None or x <= most))
-    return Plan(b, n, h, kv, r, f, dv, chunk, pad_width(f), pad_width(dv), kind, opt.scale,
+    all_of = h // kv
+    r = all_of if most is None else max(x for x in range(1, most + 1) if all_of % x == 0)
+    pack = 1 if most is None or r < all_of else max(x for x in range(1, most // r + 1) if kv % x == 0)
+    return Plan(b, n, h, kv, r, pack, f, dv, chunk, pad_width(f), pad_width(dv), kind, opt.scale,
                 o["q"].dtype == jnp.float32, heads_first)  # fmt: skip
 
 
@@ -102,12 +107,13 @@ def from_states(p: Plan, x):
 
 
 def arrange(p: Plan, o: dict) -> dict:
-    """The operands in the layout of the kernels. A decay is "d": [b, H, N] per token (and per head), like q per channel."""
+    """The operands in the layout of the kernels. A decay is "d": [b, H, N] per token (and per head), like q per channel, -inf
+    and all."""
     out = {"q": rows_of(p, o["q"], p.f_pad)}
     for x, width in (("k", p.f_pad), ("v", p.dv_pad)):
         out[x] = rows_of(p, repeated(o[x], p.kv), width)
     if p.decay:
-        d = floored(o["log_decay"].astype(jnp.float32))
+        d = o["log_decay"].astype(jnp.float32)
         if p.decay == "channel":
             out["d"] = rows_of(p, d, p.f_pad)
         else:
@@ -124,8 +130,8 @@ def _ready(p: Plan, x: dict) -> dict:
     """Decays per token as their running sums in each chunk, [b, H, 2, N]."""
     if p.decay != "token":
         return x
-    d = x["d"]
-    sums = decays.running(d.reshape(*d.shape[:2], p.chunks, p.chunk), 3)
+    d = floored(x["d"])
+    sums = decays.running(d.reshape(*d.shape[:2], p.chunks, p.chunk))
     return x | {"d": jnp.stack([s.reshape(d.shape) for s in sums], 2)}
 
 
@@ -166,6 +172,7 @@ def _bwd(opt, body, interpret, saved, cotangents):
             dd = found["dd"] + jnp.expand_dims(last, 2 if p.heads_first else 1)
         else:
             dd = found["dd"] + last.sum(-1)[..., None]
+        dd = jnp.where(floored(arranged["d"]) == arranged["d"], dd, 0.0)  # a state once forgotten is not forgotten more
         grads["d"] = dd if arranged["d"].shape[0] == p.b else dd.sum(0, keepdims=True)
     return pull(grads)
 
@@ -189,6 +196,6 @@ def unsupported(name: str, o: dict) -> str | None:
     if o["q"].shape[1] == 0:
         return "an empty sequence"
     f, dv = (-(-o[x].shape[3] // 128) * 128 for x in ("q", "v"))
-    if name == "tpu" and 16 * f * dv > STATES:
-        return f"states of {o['q'].shape[3]} x {o['v'].shape[3]}: expected at most {STATES // 16} entries, in whole lanes"
+    if name == "tpu" and f * dv > ENTRIES:
+        return f"states of {o['q'].shape[3]} x {o['v'].shape[3]}: expected at most {ENTRIES} entries, in whole lanes"
     return None

@@ -8,31 +8,36 @@ middle into a part of t and a part of s. log2(C) products of matrices cover all 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.flash.pairs import NN, NT, dot
 
 
-def running(d, axis: int):
-    """(whole, rest): inclusive running sums of log-decays along ``axis`` in two parts that are to be subtracted apart.
+def running(d):
+    """(whole, rest): running sums of log-decays along the last axis in two parts that are to be subtracted apart.
 
-    Sums of integers are exact, so a strong decay inside a chunk costs its neighbours no precision."""
+    Sums of integers are exact, so a strong decay inside a chunk costs its neighbours no precision. By a product of
+    matrices: XLA's cumulative sum takes quadratic time on a CPU."""
     whole = jnp.round(d)
-    return lax.stop_gradient(jnp.cumsum(whole, axis)), jnp.cumsum(d - lax.stop_gradient(whole), axis)
+    up_to = np.triu(np.ones((d.shape[-1], d.shape[-1]), d.dtype))
+    summed = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return lax.stop_gradient(summed(whole, up_to)), summed(d - lax.stop_gradient(whole), up_to)
 
 
 def index(shape, axis: int):
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def pairs(size: int, b: int, later: int = 0):
+def pairs(size: int, b, later: int = 0):
     """bool [size, size]: pairs that part in blocks of ``b``; b = 0 is each token with itself. ``later``: the axis of t."""
     t, s = index((size, size), later), index((size, size), 1 - later)
     apart = t ^ s
-    if b == 0:
+    if isinstance(b, int) and b == 0:
         return apart == 0
     return (apart >= b) & (apart < 2 * b) & (t > s)
 
@@ -76,13 +81,14 @@ def power(n: int) -> int:
 
 class Weights(NamedTuple):
     """``enter`` scales queries that read the state before the chunk, ``leave`` keys on their way into the state behind it,
-    ``through`` that state; None for 1. ``table`` [t, s] scales pairs, or ``parts`` [(b, [C, F])] per channel."""
+    ``through`` that state; None for 1. ``table`` [t, s] scales pairs. Per channel ``fold(step, carry)`` goes through the
+    blocks in which pairs part: ``step(b, weights [C, F], carry)``."""
 
     enter: Any = None
     leave: Any = None
     through: Any = None
     table: Any = None
-    parts: Any = None
+    fold: Any = None
 
 
 def of_tokens(rows, columns, later: int) -> Weights:
@@ -97,8 +103,13 @@ def of_tokens(rows, columns, later: int) -> Weights:
 
 def of_channels(d, swap) -> Weights:
     parts, enter, leave = weights(d, swap)
-    through = jnp.exp(jnp.sum(d, 0, keepdims=True))
-    return Weights(enter, leave, through, parts=parts)
+
+    def fold(step, carry):
+        for b, part in parts:
+            carry = step(b, part, carry)
+        return carry
+
+    return Weights(enter, leave, jnp.exp(jnp.sum(d, 0, keepdims=True)), fold=fold)
 
 
 def seen(size: int, later: int):
@@ -117,23 +128,27 @@ def grown(x, w):
 def products(x, y, w: Weights, later: int):
     """Weighted x y^T, float32: queries by keys with ``later`` = 0, keys by queries with 1."""
     size = x.shape[0]
-    if w.parts is None:
-        found = dot(x, y, NT)
+    found = dot(x, y, NT)
+    if w.fold is None:
         return jnp.where(seen(size, later), found, 0.0) if w.table is None else found * w.table
-    found = jnp.where(pairs(size, 0, later), dot(x, y, NT), 0.0)
-    for b, part in w.parts:
-        found = jnp.where(pairs(size, b, later), dot(scaled(x, part), scaled(y, part), NT), found)
-    return found
+
+    def step(b, part, found):
+        return jnp.where(pairs(size, b, later), dot(scaled(x, part), scaled(y, part), NT), found)
+
+    return w.fold(step, jnp.where(pairs(size, 0, later), found, 0.0))
 
 
 def products_gradient(d, y, w: Weights, later: int):
     """The gradient of x in ``products(x, y, w, later)`` from that of the result."""
     size = d.shape[0]
-    if w.parts is None:
+    if w.fold is None:
         d = jnp.where(seen(size, later), d, 0.0) if w.table is None else d * w.table
         return dot(d.astype(y.dtype), y, NN)
-    found = dot(jnp.where(pairs(size, 0, later), d, 0.0).astype(y.dtype), y, NN)
-    for b, part in w.parts:
-        here = jnp.where(pairs(size, b, later), d, 0.0).astype(y.dtype)
-        found = found + dot(here, scaled(y, part), NN) * part
-    return found
+
+    def among(b):
+        return jnp.where(pairs(size, b, later), d, 0.0).astype(y.dtype)
+
+    def step(b, part, found):
+        return found + dot(among(b), scaled(y, part), NN) * part
+
+    return w.fold(step, dot(among(0), y, NN))

@@ -29,14 +29,15 @@ from pallas_kernels.linear.decays import (
     power,
     products,
     scaled,
-    second_half,
     seen,
 )
+from pallas_kernels.linear.reference import floored
 
 TN = ((0,), (0,))
 # Tokens of a chunk, by float32: no register is spilled at these sizes on Hopper.
 CHUNKS = {False: (16, 32, 64), True: (16, 32)}
 WIDTH, FLOAT32_WIDTH = 64, 32  # features or value columns of a tile
+CHANNELS = 32  # features of a tile in kernels that weigh pairs per channel
 COLUMNS = 128  # value columns of a program that writes outputs
 
 
@@ -53,18 +54,20 @@ def _summed(p: Plan, take, d):
     return total
 
 
-def _of_channels(p: Plan, d, inside: bool) -> Weights:
-    size, summed = p.chunk, functools.partial(_summed, p)
-    t, u = index((size, size), 0), index((size, size), 1)
-    parts = []
-    for b in (1 << i for i in range(size.bit_length() - 1)) if inside else ():
-        if b == 1:
-            between = jnp.where(second_half(d.shape, 1), d, 0.0)
-        else:  # from the middle of the pairs' block to t, or from s to there
-            between = summed(((t ^ u) < b) & (jnp.where((t & b) != 0, t - u, u - t - 1) >= 0), d)
-        parts.append((b, jnp.exp(between)))
-    enter, leave = jnp.exp(summed(u <= t, d)), jnp.exp(summed(u > t, d))
-    return Weights(enter, leave, jnp.exp(jnp.sum(d, 0, keepdims=True)), parts=parts)
+def _of_channels(p: Plan, d) -> Weights:
+    t, u = index((p.chunk, p.chunk), 0), index((p.chunk, p.chunk), 1)
+
+    def fold(step, carry):
+        def one(i, carry):  # a loop of the kernel: unrolled, all masks would be held in registers
+            b = lax.shift_left(jnp.int32(1), i)
+            # from the middle of the pairs' block to t, or from s to there
+            between = _summed(p, ((t ^ u) < b) & (jnp.where((t & b) != 0, t - u, u - t - 1) >= 0), d)
+            return step(b, jnp.exp(between), carry)
+
+        return lax.fori_loop(0, p.chunk.bit_length() - 1, one, carry)
+
+    enter, leave = jnp.exp(_summed(p, u <= t, d)), jnp.exp(_summed(p, u > t, d))
+    return Weights(enter, leave, jnp.exp(jnp.sum(d, 0, keepdims=True)), fold=fold)
 
 
 def _over(count: int, step, carry):
@@ -74,13 +77,13 @@ def _over(count: int, step, carry):
     return lax.fori_loop(0, count, step, carry)
 
 
-def _weights(p: Plan, r: dict, b, h, rows, f, later: int = 0, inside: bool = True) -> Weights:
-    """Of a chunk's rows and, per channel, the features ``f``; ``inside``: those of its pairs too."""
+def _weights(p: Plan, r: dict, b, h, rows, f, later: int = 0) -> Weights:
+    """Of a chunk's rows and, per channel, the features ``f``."""
     if p.decay is None:
         return Weights()
     b = b if r["d"].shape[0] > 1 else 0
     if p.decay == "channel":
-        return _of_channels(p, r["d"][b, rows, h, f], inside)
+        return _of_channels(p, floored(r["d"][b, rows, h, f]))
     sums = [r["d"][b, h, i, rows] for i in (0, 1)]
     return of_tokens([x[None, :] for x in sums], [x[:, None] for x in sums], later)
 
@@ -101,7 +104,7 @@ def _states_kernel(p: Plan, tiles, names, *refs):
     def step(c, s):
         rows = pl.ds(c * p.chunk, p.chunk)
         r["states"][b, h, c, v, f] = s.astype(r["states"].dtype)
-        w = _weights(p, r, b, h, rows, f, inside=False)
+        w = _weights(p, r, b, h, rows, f)
         k = r["k"][b, rows, _head(p, h), f]
         return grown(s, w.through) + dot(r["v"][b, rows, _head(p, h), v], scaled(k, w.leave), TN)
 
@@ -120,7 +123,7 @@ def _state_gradients_kernel(p: Plan, tiles, names, *refs):
         c = p.chunks - 1 - j
         rows = pl.ds(c * p.chunk, p.chunk)
         r["d_states"][b, h, c, v, f] = ds.astype(r["d_states"].dtype)
-        w = _weights(p, r, b, h, rows, f, inside=False)
+        w = _weights(p, r, b, h, rows, f)
         q = scaled(r["q"][b, rows, h, f], p.scale if w.enter is None else w.enter * p.scale)
         return grown(ds, w.through) + dot(r["do"][b, rows, h, v], q, TN)
 
@@ -176,16 +179,18 @@ def _value_gradient_kernel(p: Plan, tiles, names, *refs):
 def _both(d, q, k, w: Weights):
     """Gradients of q and k in ``products(q, k, w, 0)`` from that of the result."""
     size, dtype = d.shape[0], q.dtype
-    if w.parts is None:
+    if w.fold is None:
         d = jnp.where(seen(size, 0), d, 0.0) if w.table is None else d * w.table
         d = d.astype(dtype)
         return dot(d, k, NN), dot(d, q, TN)
-    here = jnp.where(pairs(size, 0), d, 0.0).astype(dtype)
-    dq, dk = dot(here, k, NN), dot(here, q, TN)
-    for b, part in w.parts:
+
+    def step(b, part, carry):
+        dq, dk = carry
         here = jnp.where(pairs(size, b), d, 0.0).astype(dtype)
-        dq, dk = dq + dot(here, scaled(k, part), NN) * part, dk + dot(here, scaled(q, part), TN) * part
-    return dq, dk
+        return dq + dot(here, scaled(k, part), NN) * part, dk + dot(here, scaled(q, part), TN) * part
+
+    here = jnp.where(pairs(size, 0), d, 0.0).astype(dtype)
+    return w.fold(step, (dot(here, k, NN), dot(here, q, TN)))
 
 
 def _key_gradient_kernel(p: Plan, tiles, names, *refs):
@@ -250,9 +255,15 @@ def _shape(dtype, *size):
     return jax.ShapeDtypeStruct(size, dtype)
 
 
-def _tiles(p: Plan, x: dict) -> tuple[int, int]:
-    most = FLOAT32_WIDTH if x["q"].dtype == jnp.float32 else WIDTH
+def _tiles(p: Plan) -> tuple[int, int]:
+    most = FLOAT32_WIDTH if p.float32 else WIDTH
     return min(most, p.f_pad), min(most, p.dv_pad)
+
+
+def _chunk_tiles(p: Plan) -> tuple[int, int]:
+    """Of kernels that weigh pairs: a weight per channel takes as much room as the features themselves."""
+    f_tile, v_tile = _tiles(p)
+    return min(CHANNELS, f_tile) if p.decay == "channel" else f_tile, v_tile
 
 
 def _grid_of_states(p: Plan, tiles):
@@ -264,35 +275,38 @@ def _all_states(p: Plan, x: dict):
 
 
 def _states(p: Plan, x: dict, interpret):
-    tiles = _tiles(p, x)
+    tiles = _tiles(p)
     outs = {"states": _all_states(p, x), "end": _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)}
     operands = _pick(x, "k", "v", "state")
     return _call(p, _states_kernel, tiles, operands, outs, _grid_of_states(p, tiles), "linear_states", interpret)
 
 
 def _forward(p: Plan, x: dict, interpret):
-    f_tile, v_tile = _tiles(p, x)
+    f_tile, v_tile = _chunk_tiles(p)
     found = _states(p, x, interpret)
     if v_tile == WIDTH and p.dv_pad % COLUMNS == 0:
         v_tile = COLUMNS
     operands = _pick(x, "q", "k", "v") | {"states": found["states"]}
     outs = {"out": _shape(x["v"].dtype, p.b, p.rows, p.h, p.dv_pad)}
     grid = (p.chunks, p.h * (p.dv_pad // v_tile), p.b)
-    out = _call(p, _output_kernel, (f_tile, v_tile), operands, outs, grid, "linear_output", interpret)
+    warps = 8 if p.decay == "channel" else 4
+    out = _call(p, _output_kernel, (f_tile, v_tile), operands, outs, grid, "linear_output", interpret, warps)
     return out | {"end": found["end"]}
 
 
 def _backward(p: Plan, x: dict, interpret):
-    tiles = f_tile, v_tile = _tiles(p, x)
     states = {"states": _states(p, x, interpret)["states"]}
     outs = {"d_states": _all_states(p, x), "d_state": _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)}
+    tiles = _tiles(p)
     operands, grid = _pick(x, "q", "do", "d_end"), _grid_of_states(p, tiles)
     found = _call(p, _state_gradients_kernel, tiles, operands, outs, grid, "linear_state_gradients", interpret)
     d_states = {"d_states": found["d_states"]}
+    tiles = f_tile, v_tile = _chunk_tiles(p)
     operands = _pick(x, "q", "k", "do") | d_states
     outs = {"dv": _shape(x["v"].dtype, p.b, p.rows, p.kv, p.dv_pad)}
     grid = p.chunks, p.kv * (p.dv_pad // v_tile), p.b
-    found |= _call(p, _value_gradient_kernel, tiles, operands, outs, grid, "linear_value_gradient", interpret)
+    warps = 8 if p.decay == "channel" else 4
+    found |= _call(p, _value_gradient_kernel, tiles, operands, outs, grid, "linear_value_gradient", interpret, warps)
     operands = _pick(x, "q", "k", "v", "do") | states | d_states
     outs = {"dq": _shape(x["q"].dtype, *x["q"].shape), "dk": _shape(x["k"].dtype, *x["k"].shape)}
     parts = p.f_pad // f_tile
@@ -300,7 +314,7 @@ def _backward(p: Plan, x: dict, interpret):
         token = p.b, p.h, parts, p.rows
         outs["dd"] = _shape(jnp.float32, *(token if p.decay == "token" else (p.b, p.rows, p.h, p.f_pad)))
     grid = p.chunks, p.kv * parts, p.b
-    found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret)
+    found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret, 8)
     if p.decay == "token":
         found["dd"] = lax.cumsum(found["dd"].sum(2), 2, reverse=True)
     elif p.decay:  # summed inside chunks; what a chunk's first token has is what earlier chunks are to add

@@ -2,9 +2,9 @@
 
 A core runs the steps of a grid one after the other, so nothing is gained by computing all states first: one sweep reads
 q, k and v once and never writes a state but the last. The queries' gradient is a second forward sweep that builds the
-states again, the gradients of keys, values and decays a sweep from the end that carries the state's gradient; the query
-heads of a kv head follow each other inside a chunk, which reads their keys and values once. States are kept transposed,
-[Dv, F], so that decays scale them by rows.
+states again, the gradients of keys, values and decays a sweep from the end that carries the state's gradient. A step works
+on one chunk of a few heads, whose chains of products are independent and fill each other's gaps; query heads of one kv
+head share its keys and values. States are kept transposed, [Dv, F], so that decays scale them by rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from pallas_kernels.linear.decays import (
     scaled,
     second_half,
 )
+from pallas_kernels.linear.reference import floored
 
 TN = ((0,), (0,))
 CHUNKS = {None: (128, 256), "token": (128, 256), "channel": (128,)}
 SUBLANES = 8
-MOST = 8  # query heads whose states are held at a time
+MOST = 4  # query heads of a step
+STATES = ("state", "end", "d_state", "d_end")
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on the smallest of the chips compiled for
 
 
@@ -45,12 +47,13 @@ def _swap(x, b: int):
     return jnp.where(second_half(x.shape, b), pltpu.roll(x, b, 0), pltpu.roll(x, size - b, 0))
 
 
-def _weights(p: Plan, r: dict, later: int) -> Weights:
+def _weights(p: Plan, r: dict, h: int, later: int) -> Weights:
+    """Of head ``h`` of this step."""
     if p.decay is None:
         return Weights()
     if p.decay == "channel":
-        return of_channels(r["d"][...], _swap)
-    rows = [r["d"][i : i + 1, :] for i in (0, 1)]
+        return of_channels(floored(r["d"][h]), _swap)
+    rows = [r["d"][h, i : i + 1, :] for i in (0, 1)]
     half = (LANES // 2, p.chunk)
     turned = jnp.concatenate([jnp.broadcast_to(x, half) for x in rows], 0).T
     return of_tokens(rows, [turned[:, i : i + 1] for i in (0, LANES // 2)], later)
@@ -61,120 +64,119 @@ def _next(s, x, y, w: Weights):
     return grown(s, w.through) + dot(x, y, TN)
 
 
-def _forward_kernel(p: Plan, names, *refs):
-    r = dict(zip(names, refs, strict=True))
-    i = pl.program_id(3)
+def _heads(p: Plan):
+    """(kv head, query head) of each pair of a step."""
+    return [(j, j * p.r + i) for j in range(p.pack) for i in range(p.r)]
 
+
+def _start(r: dict, held: str, given: str):
     @pl.when(pl.program_id(2) == 0)
     def _():
-        r["end"][i] = r["state"][i]
+        r[held][...] = r[given][...]
 
-    q, k, v, s = r["q"][...], r["k"][...], r["v"][...], r["end"][i]
-    w = _weights(p, r, 0)
-    out = dot(products(q, k, w, 0).astype(v.dtype), v, NN) + dot(scaled(q, w.enter), s.astype(q.dtype), NT)
-    r["out"][...] = (out * p.scale).astype(v.dtype)
-    r["end"][i] = _next(s, v, scaled(k, w.leave), w)
+
+def _forward_kernel(p: Plan, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    _start(r, "end", "state")
+    for j, h in _heads(p):
+        q, k, v, s = r["q"][h], r["k"][j], r["v"][j], r["end"][h]
+        w = _weights(p, r, h, 0)
+        out = dot(products(q, k, w, 0).astype(v.dtype), v, NN) + dot(scaled(q, w.enter), s.astype(q.dtype), NT)
+        r["out"][h] = (out * p.scale).astype(v.dtype)
+        r["end"][h] = _next(s, v, scaled(k, w.leave), w)
 
 
 def _query_gradient_kernel(p: Plan, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    i = pl.program_id(3)
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        r["s"][i] = r["state"][i]
-
-    k, v, do, s = r["k"][...], r["v"][...], r["do"][...], r["s"][i]
-    w = _weights(p, r, 0)
-    dq = products_gradient(dot(do, v, NT), k, w, 0) + grown(dot(do, s.astype(do.dtype), NN), w.enter)
-    r["dq"][...] = (dq * p.scale).astype(k.dtype)
-    r["s"][i] = _next(s, v, scaled(k, w.leave), w)
+    _start(r, "s", "state")
+    for j, h in _heads(p):
+        k, v, do, s = r["k"][j], r["v"][j], r["do"][h], r["s"][h]
+        w = _weights(p, r, h, 0)
+        dq = products_gradient(dot(do, v, NT), k, w, 0) + grown(dot(do, s.astype(do.dtype), NN), w.enter)
+        r["dq"][h] = (dq * p.scale).astype(k.dtype)
+        r["s"][h] = _next(s, v, scaled(k, w.leave), w)
 
 
 def _key_gradient_kernel(p: Plan, names, *refs):
     r = dict(zip(names, refs, strict=True))
-    i = pl.program_id(3)
+    _start(r, "d_state", "d_end")
+    if p.decay:
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        r["d_state"][i] = r["d_end"][i]
-        if p.decay:
-            r["later"][i] = jnp.zeros(r["later"].shape[1:], jnp.float32)
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            r["later"][...] = jnp.zeros_like(r["later"])
 
-    @pl.when(i == 0)
-    def _():
-        r["dk_total"][...] = jnp.zeros_like(r["dk_total"])
-        r["dv_total"][...] = jnp.zeros_like(r["dv_total"])
+    for j in range(p.pack):
+        dk, dv = (jnp.zeros(r[x].shape[1:], jnp.float32) for x in ("k", "v"))
+        for i in range(p.r):
+            more = _keys_of_head(p, r, j, j * p.r + i)
+            dk, dv = dk + more[0], dv + more[1]
+        r["dk"][j] = dk.astype(r["dk"].dtype)
+        r["dv"][j] = dv.astype(r["dv"].dtype)
 
-    q, k, v, do, ds = r["q"][...], r["k"][...], r["v"][...], r["do"][...], r["d_state"][i]
-    w = _weights(p, r, 1)
+
+def _keys_of_head(p: Plan, r: dict, j: int, h: int):
+    """What query head ``h`` adds to the gradients of keys and values."""
+    q, k, v, do, ds = r["q"][h], r["k"][j], r["v"][j], r["do"][h], r["d_state"][h]
+    w = _weights(p, r, h, 1)
     low = ds.astype(k.dtype)
     prob = (products(k, q, w, 1) * p.scale).astype(v.dtype)
-    r["dv_total"][...] += dot(prob, do, NN) + dot(scaled(k, w.leave), low, NT)
+    dv = dot(prob, do, NN) + dot(scaled(k, w.leave), low, NT)
     dk = products_gradient(dot(v, do, NT) * p.scale, q, w, 1) + grown(dot(v, low, NN), w.leave)
-    r["dk_total"][...] += dk
-    r["d_state"][i] = _next(ds, do, (scaled(q, w.enter).astype(jnp.float32) * p.scale).astype(q.dtype), w)
+    r["d_state"][h] = _next(ds, do, scaled(q, p.scale if w.enter is None else w.enter * p.scale), w)
     if p.decay:
-        change = q.astype(jnp.float32) * r["dq"][...].astype(jnp.float32) - k.astype(jnp.float32) * dk
-        if p.decay == "token":
-            size = p.chunk
-            behind = (index((size, size), 0) >= index((size, size), 1)).astype(jnp.float32)
-            row = dot(jnp.ones((SUBLANES, p.f_pad), jnp.float32), change, NT)
-            total = dot(row, behind, NN) + r["later"][i][:1, :1]
-            first = total[:1, :1]
-        else:
-            total = change
-            for b in (1 << x for x in range(p.chunk.bit_length() - 1)):
-                inside = index(total.shape, 0) < p.chunk - b
-                total = total + jnp.where(inside, pltpu.roll(total, p.chunk - b, 0), 0.0)
-            total = total + r["later"][i][:1]
-            first = total[:1]
-        r["dd"][...] = total[: r["dd"].shape[0]]
-        r["later"][i] = jnp.broadcast_to(first, r["later"].shape[1:])
+        change = q.astype(jnp.float32) * r["dq"][h].astype(jnp.float32) - k.astype(jnp.float32) * dk
+        total, first = _from_behind(p, change, r["later"][h])
+        r["dd"][h] = total
+        r["later"][h] = jnp.broadcast_to(first, r["later"].shape[1:])
+    return dk, dv
 
-    @pl.when(i == p.r - 1)
-    def _():
-        r["dk"][...] = r["dk_total"][...].astype(r["dk"].dtype)
-        r["dv"][...] = r["dv_total"][...].astype(r["dv"].dtype)
+
+def _from_behind(p: Plan, change, later):
+    """Sums of ``change`` from each token on, ``later`` being those behind the chunk: ([1, C] or [C, F], the first)."""
+    if p.decay == "token":
+        behind = (index((p.chunk, p.chunk), 0) >= index((p.chunk, p.chunk), 1)).astype(jnp.float32)
+        row = dot(jnp.ones((SUBLANES, p.f_pad), jnp.float32), change, NT)
+        total = dot(row, behind, NN)[:1] + later[:1, :1]
+        return total, total[:, :1]
+    for b in (1 << x for x in range(p.chunk.bit_length() - 1)):
+        inside = index(change.shape, 0) < p.chunk - b
+        change = change + jnp.where(inside, pltpu.roll(change, p.chunk - b, 0), 0.0)
+    total = change + later[:1]
+    return total, total[:1]
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
 
 
 def _spec(p: Plan, x, name: str, reverse: bool):
-    """One block per step of the grid (batch, groups, chunks, heads of a group)."""
+    """One block per step of the grid (batch, heads of a step, chunks)."""
+    heads, shared = p.pack * p.r, 1
+    if name in ("k", "v", "dk", "dv"):
+        heads = p.pack
+        shared = p.groups // x.shape[1]  # steps that read the same keys
 
-    def chunk(c):
-        return p.chunks - 1 - c if reverse else c
+    def at(b, g, c):
+        c = p.chunks - 1 - c if reverse else c
+        place = (0, 0) if name in STATES else (0, c) if p.decay == "token" and name in ("d", "dd") else (c, 0)
+        return (b if x.shape[0] > 1 else 0, lax.div(g, shared) if shared > 1 else g, *place)
 
-    def batch(b):
-        return b if x.shape[0] > 1 else 0
-
-    if x.ndim == 5:  # states [B, groups, r, Dv, F]: all of a group while it is worked on
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, g, c, i: (b, g, 0, 0, 0))
-    heads = {p.kv: lambda g, i: lax.div(g, p.groups // p.kv)}
-    if name in ("dk", "dv"):
-        heads = {p.groups: lambda g, i: g}
-    elif name not in ("k", "v"):
-        heads = {p.h: lambda g, i: g * p.r + i}
-    at = heads[x.shape[1]]
-    if x.shape[3] == p.rows and name in ("d", "dd") and p.decay == "token":
-        return pl.BlockSpec((None, None, x.shape[2], p.chunk), lambda b, g, c, i: (batch(b), at(g, i), 0, chunk(c)))
-    return pl.BlockSpec((None, None, p.chunk, x.shape[3]), lambda b, g, c, i: (batch(b), at(g, i), chunk(c), 0))
+    rows, width = x.shape[2:]
+    if name not in STATES:
+        rows, width = (rows, p.chunk) if p.decay == "token" and name in ("d", "dd") else (p.chunk, width)
+    return pl.BlockSpec((None, heads, rows, width), at)
 
 
 def _call(p: Plan, kernel, x: dict, outs: dict, scratch: dict, name: str, interpret, reverse=False):
-    grouped = lambda a: a.reshape(p.b, p.groups, p.r, *a.shape[2:])  # noqa: E731
-    x = {k: grouped(a) if k in ("state", "d_end") else a for k, a in x.items()}
     found = pl.pallas_call(
         functools.partial(kernel, p, (*x, *outs, *scratch)),
-        grid=(p.b, p.groups, p.chunks, p.r),
+        grid=(p.b, p.groups // p.pack, p.chunks),
         in_specs=[_spec(p, a, k, reverse) for k, a in x.items()],
         out_specs=[_spec(p, a, k, reverse) for k, a in outs.items()],
         out_shape=list(outs.values()),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name=name,
         interpret=interpret,
@@ -187,48 +189,42 @@ def _shape(dtype, *size):
 
 
 def _states(p: Plan):
-    return _shape(jnp.float32, p.b, p.groups, p.r, p.dv_pad, p.f_pad)
-
-
-def _head_states(p: Plan, x):
-    return x.reshape(p.b, p.h, *x.shape[3:])
+    return _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)
 
 
 def _forward(p: Plan, x: dict, interpret):
     outs = {"out": _shape(x["v"].dtype, p.b, p.h, p.rows, p.dv_pad), "end": _states(p)}
-    found = _call(p, _forward_kernel, x, outs, {}, "linear_forward", interpret)
-    return found | {"end": _head_states(p, found["end"])}
+    return _call(p, _forward_kernel, x, outs, {}, "linear_forward", interpret)
 
 
 def _backward(p: Plan, x: dict, interpret):
-    d_end = x["d_end"]
+    heads = p.pack * p.r
     sweep = {name: a for name, a in x.items() if name not in ("q", "d_end")}
     outs = {"dq": _shape(x["q"].dtype, p.b, p.h, p.rows, p.f_pad)}
-    scratch = {"s": pltpu.VMEM((p.r, p.dv_pad, p.f_pad), jnp.float32)}
+    scratch = {"s": pltpu.VMEM((heads, p.dv_pad, p.f_pad), jnp.float32)}
     found = _call(p, _query_gradient_kernel, sweep, outs, scratch, "linear_query_gradient", interpret)
-    x = {name: a for name, a in x.items() if name != "state"} | {"d_end": d_end}
+    x = {name: a for name, a in x.items() if name != "state"}
     outs = {
         "dk": _shape(x["k"].dtype, p.b, p.groups, p.rows, p.f_pad),
         "dv": _shape(x["v"].dtype, p.b, p.groups, p.rows, p.dv_pad),
         "d_state": _states(p),
     }
-    scratch = {
-        "dk_total": pltpu.VMEM((p.chunk, p.f_pad), jnp.float32),
-        "dv_total": pltpu.VMEM((p.chunk, p.dv_pad), jnp.float32),
-    }
+    scratch = {}
     if p.decay:
         x = x | found
         outs["dd"] = _shape(jnp.float32, p.b, p.h, *((1, p.rows) if p.decay == "token" else (p.rows, p.f_pad)))
         width = LANES if p.decay == "token" else p.f_pad
-        scratch["later"] = pltpu.VMEM((p.r, SUBLANES, width), jnp.float32)
+        scratch["later"] = pltpu.VMEM((heads, SUBLANES, width), jnp.float32)
     found |= _call(p, _key_gradient_kernel, x, outs, scratch, "linear_key_gradient", interpret, reverse=True)
     if p.decay == "token":
         found["dd"] = found["dd"][:, :, 0]
-    return found | {"d_state": _head_states(p, found["d_state"])}
+    return found
 
 
 def _plan(o: dict, opt) -> Plan:
-    return body.plan(o, opt, chunks=CHUNKS, most=MOST, pad_width=lambda n: ceil_to(n, LANES), heads_first=True)
+    f, dv = (ceil_to(o[x].shape[3], LANES) for x in ("q", "v"))
+    most = max(1, min(MOST, body.ENTRIES // (f * dv)))
+    return body.plan(o, opt, chunks=CHUNKS, most=most, pad_width=lambda n: ceil_to(n, LANES), heads_first=True)
 
 
 BODY = Body("tpu", _plan, _forward, _backward)

@@ -1,8 +1,8 @@
 """The fast path everywhere XLA runs: a scan over chunks, each a few products of matrices.
 
 A CPU is fastest when it works on one head at a time, also when a mesh has several of them: the scores of a chunk then
-stay in its cache. Where XLA may have to cut heads over devices they stay an axis of every array. The gradient is XLA's
-own: one state per chunk is kept, the rest is computed again.
+stay in its cache. Where XLA may have to cut heads over devices, and for a single chunk, they stay an axis of every
+array. The gradient is XLA's own: one state per chunk is kept, the rest is computed again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def linear(o: dict, opt):
     if d is not None and d.ndim == 4:
         size = decays.power(size)
     names = functools.partial(dims, o)
-    by_head = jax.default_backend() == "cpu" and _dispatch.reaches(names)
+    by_head = n > size and jax.default_backend() == "cpu" and _dispatch.reaches(names)
     call = functools.partial(chunked, size=size, scale=opt.scale, by_head=by_head)
     return (_mesh.spread(call, names()) if by_head else call)(o)
 
@@ -52,7 +52,10 @@ def chunked(o: dict, size: int, scale: float, by_head: bool):
             d = jnp.where((np.arange(pieces * size) < n)[None, :, None], d, 0.0)
         d = _pieces(d, pieces, size)
         d = jnp.broadcast_to(d, (b, *d.shape[1:])).reshape(*(b, pieces, size, g, r), *d.shape[4:])
-    block = functools.partial(_channel_block if d is not None and d.ndim == 6 else _block, scale=scale)
+    per_channel = d is not None and d.ndim == 6
+    if d is not None and not per_channel:
+        d = jnp.moveaxis(jnp.stack(decays.running(jnp.moveaxis(d, 2, -1))), (0, -1), (-1, 2))
+    block = functools.partial(_channel_block if per_channel else _block, scale=scale)
     state = state.reshape(b, g, r, f, dv)
     if by_head:
         out, state = _head_by_head(block, q, *heads, d, state)
@@ -68,7 +71,8 @@ def _pieces(x, pieces: int, size: int):
 
 
 def _head_by_head(block, q, k, v, d, state):
-    """q [B, pieces, C, G, r, F], k and v [B, pieces, C, G, F], d like q or without F or None, state [B, G, r, F, Dv]."""
+    """q [B, pieces, C, G, r, F], k and v [B, pieces, C, G, F], d like q with as many columns as a block wants or None,
+    state [B, G, r, F, Dv]."""
     (b, pieces, size, g, r, _), dv = q.shape, v.shape[-1]
     body = jax.checkpoint(block, prevent_cse=False)
 
@@ -106,7 +110,7 @@ def _heads_together(block, q, k, v, d, state):
 
 
 def _block(state, q, k, v, d, *, scale: float):
-    """state [F, Dv], q [C, F], k [C, F], v [C, Dv], d [C] or None: (the next state, out [C, Dv])."""
+    """state [F, Dv], q [C, F], k [C, F], v [C, Dv], d [C, 2] (running sums) or None: (the next state, out [C, Dv])."""
     dtype = state.dtype
     wide = v.astype(dtype)
     q, k = q.astype(dtype) * scale, k.astype(dtype)
@@ -115,7 +119,7 @@ def _block(state, q, k, v, d, *, scale: float):
     if d is None:
         out = jnp.where(seen, table, 0.0) @ wide + q @ state
         return state + k.T @ wide, out.astype(v.dtype)
-    sums = decays.running(d, 0)
+    sums = d.T
     between = sum(x[:, None] - x[None] for x in sums)
     out = (table * jnp.exp(jnp.where(seen, between, -jnp.inf))) @ wide + (q * jnp.exp(sum(sums))[:, None]) @ state
     left = jnp.exp(sum(x[-1:] - x for x in sums))
@@ -124,7 +128,7 @@ def _block(state, q, k, v, d, *, scale: float):
 
 
 def _channel_block(state, q, k, v, d, *, scale: float):
-    """The same with d [C, F], C a power of two."""
+    """The same with d [C, F] (log-decays), C a power of two."""
     size, dtype = q.shape[0], state.dtype
     wide = v.astype(dtype)
     q, k = q.astype(dtype) * scale, k.astype(dtype)

@@ -50,14 +50,26 @@ def results(body, o, opt):
 reference = functools.partial(results, lambda o, opt: op.linear(o, opt, "reference"))
 
 
-def compare(body, o, opt, tol):
+def compare(body, o, opt, tol, want=None):
     """Assert that ``body(o, opt)`` has the reference's values and gradients up to ``tol`` of each tensor's largest entry."""
-    want, got = reference(o, opt), results(body, o, opt)
+    want, got = want or reference(o, opt), results(body, o, opt)
     for name, x in want.items():
         y = got[name]
         assert x.shape == y.shape and x.dtype == y.dtype, name
         x, y = (np.asarray(a, np.float32) for a in (x, y))
         np.testing.assert_allclose(y, x, rtol=0, atol=tol * max(np.abs(x).max(), 1e-3), err_msg=name)
+
+
+@functools.cache
+def case(name):
+    """(operands, options, the reference's results) of one of CALLS."""
+    o, opt = call(np.random.default_rng(0), **CALLS[name])
+    return o, opt, reference(o, opt)
+
+
+def check(body, name):
+    o, opt, want = case(name)
+    compare(body, o, opt, 2e-2 if o["q"].dtype == jnp.bfloat16 else 1e-5, want)
 
 
 CALLS = {

@@ -4,24 +4,25 @@ import os
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.linear import gpu
-from tests.pallas_kernels.linear.calls import CALLS, call, compare
+from tests.pallas_kernels.linear.calls import CALLS, call, check, compare
+
+
+def kernels(o, opt):
+    return gpu.linear(o, opt, interpret=True)
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients_are_the_references(rng, name):
-    o, opt = call(rng, **CALLS[name])
-    tol = 2e-2 if o["q"].dtype == jnp.bfloat16 else 1e-5
-    compare(lambda o, opt: gpu.linear(o, opt, interpret=True), o, opt, tol)
+def test_values_and_gradients_are_the_references(name):
+    check(kernels, name)
 
 
 def test_widths_of_several_tiles(rng):
     """Features and value columns in three tiles each, and in two for the kernel that writes outputs."""
     o, opt = call(rng, n=70, h=2, k_heads=1, f=66, dv=70, decay="token", chunk=32)
-    compare(lambda o, opt: gpu.linear(o, opt, interpret=True), o, opt, 1e-5)
+    compare(kernels, o, opt, 1e-5)
 
 
 @pytest.mark.skipif(

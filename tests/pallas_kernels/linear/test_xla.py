@@ -8,17 +8,18 @@ from pallas_kernels import _compat
 from pallas_kernels import linear as op
 from pallas_kernels.linear import xla
 from tests.jaxprs import intermediates
-from tests.pallas_kernels.linear.calls import CALLS, call, compare, results
+from tests.pallas_kernels.linear.calls import call, check, results
 
 
 def head_by_head(o, opt):
     return xla.chunked(o, opt.chunk or 32, opt.scale, True)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients_are_the_references(rng, name):
-    o, opt = call(rng, **CALLS[name])
-    compare(head_by_head, o, opt, 2e-2 if o["q"].dtype == jnp.bfloat16 else 1e-5)
+@pytest.mark.parametrize(
+    "name", ("1", "17: keys and values of other heads", "127: no decay, no state", "129: per channel, resets", "1000")
+)
+def test_values_and_gradients_are_the_references(name):
+    check(head_by_head, name)
 
 
 def test_heads_together_is_head_by_head(rng):
@@ -32,7 +33,7 @@ def test_heads_together_is_head_by_head(rng):
 
 def test_a_mesh_cuts_heads_and_each_device_works_on_one_at_a_time(rng):
     """On two devices of a CPU as on one, and with arrays that XLA cuts by itself."""
-    o, opt = call(rng, n=40, b=2, h=4, k_heads=2, decay="head")
+    o, opt = call(rng, n=40, b=2, h=4, k_heads=2, decay="head", chunk=16)
     mesh = _compat.make_mesh((2,), ("tensor",), jax.devices()[:2])
     want, end = op.linear(o, opt, "reference")
     with jax.set_mesh(mesh):
