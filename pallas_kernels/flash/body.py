@@ -24,7 +24,9 @@ class Body(NamedTuple):
 
     ``plan(o, opt)``; ``forward(p, opt, rows, keys, interpret)`` -> {out, lse}; ``query_gradient`` likewise -> {dq, d_row,
     d_weight}, ``key_gradient`` -> {dk, dv, d_key} and ``table_gradient`` -> {d_table}, with "do" and "sums" (lse and delta)
-    among the rows. Without the last one a body takes no tables and no weights; ``half``: it takes float16."""
+    among the rows. Without the last one a body takes no tables and no weights; ``half``: it takes float16; ``least``: keys
+    of a unit, smaller ones become live ranges of larger ones; ``missing``: operations of masks and score_mods it does not
+    lower; ``refuses(o, opt)``: what else it does not take, in words, or None."""
 
     name: str
     plan: Callable
@@ -33,11 +35,15 @@ class Body(NamedTuple):
     key_gradient: Callable
     table_gradient: Callable | None = None
     half: bool = False
+    least: int = LEAST
+    missing: frozenset = frozenset()
+    refuses: Callable = lambda o, opt: None
 
-    @property
-    def takes(self) -> dict:
-        """What ``layout.unsupported`` has to know."""
-        return {"extras": self.table_gradient is not None, "half": self.half}
+    def refusal(self, o: dict, opt) -> str | None:
+        """What this body cannot do with a call, in words, or None."""
+        extras = self.table_gradient is not None
+        found = layout.unsupported(o, opt, extras=extras, half=self.half, missing=self.missing)
+        return found if found is not None else self.refuses(o, opt)
 
 
 def split(arranged: dict) -> tuple[dict, dict]:
@@ -82,25 +88,25 @@ def _bwd(opt, body, interpret, saved, cotangents):
     rows["sums"] = jnp.swapaxes(layout.rows_of(p, sums, value=FAR), 3, 4)
     found = folding(body.query_gradient, p, opt, interpret)(rows, keys)
     found |= folding(body.key_gradient, p, opt, interpret)(rows, keys)
-    grads = {"q": found["dq"]} | {x: _with_spare(found["d" + x]) for x in ("k", "v")}
+    grads = {"q": found["dq"]} | {x: with_spare(found["d" + x]) for x in ("k", "v")}
     if p.row:
-        grads["row"] = _summed(found["d_row"], arranged["row"].shape)
+        grads["row"] = summed(found["d_row"], arranged["row"].shape)
     if p.key_floats:
-        grads["key"] = _with_spare(_summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
+        grads["key"] = with_spare(summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
     if p.weighted:
-        grads["weight"] = _summed(found["d_weight"], arranged["weight"].shape)
+        grads["weight"] = summed(found["d_weight"], arranged["weight"].shape)
     if p.tabled:  # by a kernel of its own, which a program that asks for no such gradient does not contain
         table = folding(body.table_gradient, p, opt, interpret)(rows, keys)["d_table"]
-        grads["table"] = _summed(table, arranged["table"].shape).astype(arranged["table"].dtype)
+        grads["table"] = summed(table, arranged["table"].shape).astype(arranged["table"].dtype)
     return pull(grads)[0], None
 
 
-def _with_spare(x):
+def with_spare(x):
     """The unit past the end has no gradient."""
     return jnp.pad(x, [(0, 0)] * 2 + [(0, 1)] + [(0, 0)] * (x.ndim - 3))
 
 
-def _summed(x, shape):
+def summed(x, shape):
     """Sum over the batch and heads that an array of ``shape`` shares."""
     x = x.sum(0, keepdims=True) if shape[0] == 1 else x
     return x.reshape(x.shape[0], shape[1], x.shape[1] // shape[1], *x.shape[2:]).sum(2)
@@ -110,8 +116,8 @@ _flash.defvjp(_fwd, _bwd)
 
 
 def run(body: Body, o: dict, opt, interpret):
-    if (why := layout.unsupported(o, opt, **body.takes)) is not None:
+    if (why := body.refusal(o, opt)) is not None:
         raise ValueError(f"implementation: {body.name!r} does not support {why}")
-    o, unit = lists.coarser(o, opt, LEAST)
+    o, unit = lists.coarser(o, opt, body.least)
     opt = dataclasses.replace(opt, unit=unit)
     return _flash(*divide(o), opt, body, interpret)

@@ -275,32 +275,33 @@ ELEMENTWISE = frozenset(
 NESTED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
 
 
-def _not_lowered(jaxpr) -> list[str]:
+def _not_lowered(jaxpr, missing) -> list[str]:
     found = []
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in NESTED:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            found += _not_lowered(getattr(inner, "jaxpr", inner))
+            found += _not_lowered(getattr(inner, "jaxpr", inner), missing)
         elif name == "div":
             continue  # of floats, and lax.div of integers
         elif name == "select_n" and eqn.outvars[0].aval.dtype == bool:
             found.append("where on booleans")
-        elif name not in ELEMENTWISE:
+        elif name not in ELEMENTWISE or name in missing:
             found.append(name)
     return found
 
 
-def refused(call, *args) -> list[str]:
-    """Operations inside ``call(*args)`` that kernels do not lower, and captured arrays."""
+def refused(call, *args, missing=frozenset()) -> list[str]:
+    """Operations inside ``call(*args)`` that kernels do not lower (some, those that a body is ``missing``), and captured
+    arrays."""
     closed = jax.make_jaxpr(call)(*args)
-    found = _not_lowered(closed.jaxpr)
+    found = _not_lowered(closed.jaxpr, missing)
     return sorted(set(found)) + ["a captured array"] * any(jnp.ndim(x) > 0 for x in closed.consts)
 
 
-def unsupported(o: dict, opt, *, extras: bool = False, half: bool = False) -> str | None:
+def unsupported(o: dict, opt, *, extras: bool = False, half: bool = False, missing=frozenset()) -> str | None:
     """What an accelerator body cannot do with this call, or None. ``extras``: it reads tables and weights of units;
-    ``half``: it multiplies float16."""
+    ``half``: it multiplies float16; ``missing``: operations on tiles that it does not lower."""
     dtypes = [jnp.float32, jnp.bfloat16] + [jnp.float16] * half
     for name in ("q", "k", "v"):
         if o[name].dtype not in dtypes:
@@ -320,7 +321,7 @@ def unsupported(o: dict, opt, *, extras: bool = False, half: bool = False) -> st
     if opt.tile > 1024:
         return f"tiles of {opt.tile} queries: expected at most 1024"
     names = {x: jnp.zeros((2, 3), jnp.int32) for x in o["q_fields"]}
-    if opt.mask is not None and (found := refused(opt.mask.test, names, names)):
+    if opt.mask is not None and (found := refused(opt.mask.test, names, names, missing=missing)):
         return f"mask with {', '.join(found)}"
     if opt.score_mod is not None:
         s = jnp.zeros((2, 3), jnp.float32)
@@ -330,6 +331,6 @@ def unsupported(o: dict, opt, *, extras: bool = False, half: bool = False) -> st
             value, pull = jax.vjp(lambda s, row, key: opt.score_mod(s, q, k, row, key), s, row, key)
             return value, pull(value)
 
-        if found := refused(both, s, names, names, row, key):
+        if found := refused(both, s, names, names, row, key, missing=missing):
             return f"score_mod with {', '.join(found)}"
     return None
