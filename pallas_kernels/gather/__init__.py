@@ -20,8 +20,8 @@ Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H], sums)``; rows 
 is None or, as ``options.sums`` asks, the probabilities in list order: float32 [B, H, N, K * unit] ("heads") or summed over
 the query heads of a kv head [B, G, N, K * unit] ("kv"); ``received`` adds them up per key. Gradients flow to q, k, v,
 key_bias and log_weight from out and lse; sums, positions and frequencies carry none. Entries beyond ``count`` and
-indices outside the keys are ignored; a list holds a unit at most once (twice would count it twice). Keys and values must
-be finite, hidden ones too.
+indices outside the keys are ignored, a unit listed twice counts once, and lists may be empty (K = 0 too). What listed slots
+hold that ``k_valid`` hides does not matter to "xla"; elsewhere keys and values must be finite, hidden ones too.
 
 Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
 float32 and bfloat16). Keys are read heads first: a cache stored [B, G, M, D] is passed transposed at no cost.
@@ -30,11 +30,15 @@ float32 and bfloat16). Keys are read heads first: a cache stored [B, G, M, D] is
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels._dispatch import choose
+from pallas_kernels._mesh import Dims
+from pallas_kernels.flash import lists as units
 from pallas_kernels.gather import lists, reference, xla
 from pallas_kernels.gather.lists import received
 
@@ -62,6 +66,7 @@ class Options:
 
     mask: a value-hashed record or None. scale: multiplies q.k. unit: keys per entry. sums: None | "kv" | "heads".
     rope_layout: "half" | "interleaved", channel pairs (i, i + R) or (2i, 2i + 1). rope_scale: factor on turned channels.
+    distinct: no list holds a unit twice, so that none has to be sorted to find out.
     """
 
     mask: Any = None
@@ -70,17 +75,44 @@ class Options:
     sums: str | None = None
     rope_layout: str = "half"
     rope_scale: float = 1.0
+    distinct: bool = False
 
 
-def gather(operands: dict, options: Options, implementation: str | None = None):
+def dims(o: dict, opt: Options) -> Dims:
+    """What the dimensions are called, for a mesh: queries with lists of their own are cut by length, keys not at all."""
+    own = o.get("index") is not None and o["index"].shape[2] == o["q"].shape[1]
+    length = "length" if own else None
+    rows, keys, listed = ("batch", length, "heads"), ("batch", None, "heads"), ("batch", "heads", length)
+
+    def field(long):  # [b, N|M] or [b, G, N|M]
+        return lambda x: ("batch", long) if x.ndim == 2 else ("batch", "heads", long)
+
+    names = {
+        "q": (*rows, None), "k": (*keys, None), "v": (*keys, None), "index": (*listed, None), "count": listed,
+        "bounds": (*listed, None, None), "log_weight": (*listed, None), "pos": (*listed, None), "key_bias": keys,
+        "freqs": (None,),
+    }  # fmt: skip
+    fields = {"q_fields": field(length), "k_fields": field(None), "k_valid": field(None), "k_rope": field(None)}
+    found = {x: jax.tree.map(fields[x], a) if x in fields else names[x] for x, a in o.items() if a is not None}
+    return Dims(found, ((*rows, None), rows, None if opt.sums is None else (*listed, None)))
+
+
+def gather(operands: dict, options: Options, implementation: str | None = None, mesh=None):
     """(out, lse, sums); see the module's docstring. ``implementation=None`` picks the fast path that works here; a named
-    one raises a ValueError that says what it does not support."""
+    one raises a ValueError that says what it does not support. ``mesh``: devices to cut a kernel's call over, None for
+    those of ``jax.set_mesh``."""
+    operands = {x: a for x, a in operands.items() if a is not None}
     check(operands, options)
+    if "index" in operands:
+        if "pos" in operands and operands["index"].shape[3] == 0:
+            operands["pos"] = jnp.pad(operands["pos"], [(0, 0)] * 3 + [(0, 1)])
+        operands = units.clean(operands, options)
 
     def refusal(name: str) -> str | None:
-        return lists.unsupported(operands, options)
+        return lists.unsupported(operands, options, name)
 
-    return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal)(operands, options)
+    names = functools.partial(dims, operands, options)
+    return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal, names, mesh)(operands, options)
 
 
 def _expect(name: str, got, want: str, ok: bool) -> None:
@@ -104,8 +136,8 @@ def check(o: dict, opt: Options) -> None:
     _expect("count", "none", "one beside index", has("count") == has("index"))
     if has("index"):
         shape = tuple(o["index"].shape)
-        ok = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, g, h) and shape[2] in (1, n) and shape[3] > 0
-        _expect("index", f"shape {shape}", f"[1|{b}, 1|{g}|{h}, 1|{n}, at least one]", ok)
+        ok = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, g, h) and shape[2] in (1, n)
+        _expect("index", f"shape {shape}", f"[1|{b}, 1|{g}|{h}, 1|{n}, K]", ok)
         _expect("index", o["index"].dtype, "int32", o["index"].dtype == jnp.int32)
         for name, want in (("count", shape[:3]), ("bounds", (*shape, 2)), ("log_weight", shape), ("pos", shape)):
             if has(name):

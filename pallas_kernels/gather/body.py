@@ -17,8 +17,8 @@ from pallas_kernels.gather.lists import Shape
 class Body(NamedTuple):
     """The kernels of one backend, over one chunk of rows.
 
-    ``rows``: {"q" [b, g, r, rows, tile, D], "index" [b', g', r', rows, K], "count", "add", "turn", "freqs"}, the last five
-    where there are any, and for the gradient "do", "lse" and "delta". ``keys(o, opt, s)``: what is read of k and v, made
+    ``rows``: {"q" [b, g, r, rows, tile, D], "index" [b', g', r', rows, K], "count", "usable", "add", "turn", "freqs"}, all
+    but q where there are any, and for the gradient "do", "lse" and "delta". ``keys(o, opt, s)``: what is read of k and v, made
     once. ``forward(s, opt, rows, keys)`` -> (out, lse, logits in list order or None). ``backward(s, opt, rows, keys,
     totals, wants)`` -> (dq, gradient of add where wanted, totals); ``zeros(o, opt, s)`` makes totals and
     ``finish(o, s, totals)`` turns them into dk, dv. ``tables``: entries that are not in use are hidden by the table.
@@ -48,6 +48,7 @@ def _rows(o: dict, opt, s: Shape, body: Body, add) -> dict:
     rows = {"q": lists.arrange(o["q"], s), "add": add, "turn": lists.turns(o, s)}
     if not s.full:
         rows |= {"index": lists.heads(o["index"], s), "count": jnp.clip(lists.heads(o["count"], s), 0, s.entries)}
+        rows["usable"] = lists.usable(o, s)
     if rows["turn"] is not None:
         rows["freqs"] = o["freqs"]
     return {name: x for name, x in rows.items() if x is not None}

@@ -106,7 +106,7 @@ class _Program:
     def steps(self):
         """(first, last) step of this program, and the number of listed keys."""
         p, s = self.p, self.p.s
-        live = s.m
+        live = jnp.int32(s.m)
         if not s.full:
             count = self.r["count"]
             live = count[*self.at(count), self.row] * s.unit
@@ -137,12 +137,12 @@ class _Program:
         mask = jnp.broadcast_to(mask, (self.p.step, cols.shape[0]))
         return plt.load(ref.at[b, self.kv_head, slot[:, None], cols[None, :]], mask=mask, other=0.0)
 
-    def add_to_keys(self, name: str, slot, used, value, d: int):
+    def add_to_keys(self, name: str, slot, used, value):
+        """Keys that are not in use go to the spare rows behind the others, each to its own."""
         ref = self.r[name]
-        cols, exist = _columns(d)
-        mask = used[:, None] if exist is None else used[:, None] & exist[None, :]
-        b = self.b if ref.shape[0] > 1 else 0
-        plt.atomic_add(ref, (b, self.kv_head, slot[:, None], cols[None, :]), value, mask=jnp.broadcast_to(mask, value.shape))
+        slot = jnp.where(used, slot, self.p.s.m + jnp.arange(self.p.step))
+        cols = jnp.arange(value.shape[1])
+        plt.atomic_add(ref, (self.b if ref.shape[0] > 1 else 0, self.kv_head, slot[:, None], cols[None, :]), value)
 
     def turned(self, place, used):
         """(cos, sin, P) for the keys of a step."""
@@ -241,8 +241,8 @@ def _backward_kernel(p: Plan, opt, names, *refs):
         if sides is not None:
             cos, sin, pairing = sides
             dk = dk * cos + dot(dk * sin, pairing, NT)
-        at.add_to_keys("dk", slot, used, dk, s.d)
-        at.add_to_keys("dv", slot, used, dot(prob.astype(do.dtype), do, TN), s.dv)
+        at.add_to_keys("dk", slot, used, dk)
+        at.add_to_keys("dv", slot, used, dot(prob.astype(do.dtype), do, TN))
         return dq + dot(ds, k, NN)
 
     dq = lax.fori_loop(first, last, body, jnp.zeros((p.rows, _power(s.d)), jnp.float32))
@@ -343,12 +343,12 @@ def _backward(s: Shape, opt, rows: dict, keys: dict, totals: dict, wants: bool, 
 
 
 def _zeros(o: dict, opt, s: Shape) -> dict:
-    bk = o["k"].shape[0]
-    return {"d" + x: jnp.zeros((bk, s.g, s.m, w), jnp.float32) for x, w in (("k", s.d), ("v", s.dv))}
+    bk, spare = o["k"].shape[0], max(BACKWARD.values())
+    return {"d" + x: jnp.zeros((bk, s.g, s.m + spare, _power(w)), jnp.float32) for x, w in (("k", s.d), ("v", s.dv))}
 
 
 def _finish(o: dict, s: Shape, totals: dict):
-    return tuple(jnp.moveaxis(totals["d" + x], 1, 2) for x in ("k", "v"))
+    return tuple(jnp.moveaxis(totals["d" + x][:, :, : s.m, :w], 1, 2) for x, w in (("k", s.d), ("v", s.dv)))
 
 
 def _body(interpret) -> Body:
@@ -361,6 +361,6 @@ BODIES = {interpret: _body(interpret) for interpret in (False, True)}
 
 def gather(o: dict, opt, interpret=False):
     """``interpret``: run the kernels on a CPU."""
-    if (why := lists.unsupported(o, opt)) is not None:
+    if (why := lists.unsupported(o, opt, "gpu")) is not None:
         raise ValueError(f"implementation: 'gpu' does not support {why}")
     return run(BODIES[interpret], o, opt)

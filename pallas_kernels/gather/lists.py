@@ -134,6 +134,12 @@ def additions(o: dict, opt, s: Shape, *, lists: bool):
     return jnp.broadcast_to(extra, (*extra.shape[:5], s.length))
 
 
+def usable(o: dict, s: Shape):
+    """bool [b', g', r', rows, L]: listed keys that are in use and valid."""
+    key, live = listed_slots(o, s)
+    return live & _at(_facts(o["k_valid"], s), key)[:, :, :, :, 0] if o.get("k_valid") is not None else live
+
+
 def turns(o: dict, s: Shape):
     """float32 [b', g', r', rows, L]: positions by which the listed keys are turned, or None."""
     if o.get("freqs") is None:
@@ -209,16 +215,21 @@ def received(sums, index, count, unit: int, keys: int, weights=None):
     return jax.vmap(jax.vmap(add))(total, flat(key), flat(sums))
 
 
-def unsupported(o: dict, opt) -> str | None:
-    """What the accelerator bodies cannot do with this call, or None."""
+WIDEST = {"tpu": 640, "gpu": 256}  # head sizes
+
+
+def unsupported(o: dict, opt, body: str) -> str | None:
+    """What an accelerator's body cannot do with this call, or None."""
     for name in ("q", "k", "v"):
         if o[name].dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} of {o[name].dtype}: expected float32 or bfloat16"
         if o[name].dtype != o["q"].dtype:
             return f"{name} of {o[name].dtype} beside q of {o['q'].dtype}: expected one dtype"
-    if max(o["q"].shape[3], o["v"].shape[3]) > 576:
-        return f"head sizes {o['q'].shape[3]} and {o['v'].shape[3]}: expected at most 576"
+    if max(o["q"].shape[3], o["v"].shape[3]) > WIDEST[body]:
+        return f"head sizes {o['q'].shape[3]} and {o['v'].shape[3]}: expected at most {WIDEST[body]}"
     s = shape_of(o, opt)
-    if s.tile * s.r > 256:
-        return f"{s.tile} queries of {s.r} heads that share a list: expected at most 256 rows"
+    if s.tile > 64:
+        return f"{s.tile} queries that share a list: expected at most 64"
+    if s.unit > 1024:
+        return f"units of {s.unit} keys: expected at most 1024"
     return None

@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash.pairs import NN, NT, dot
-from pallas_kernels.flash.tpu_kernels import _column
 from pallas_kernels.gather import rotary
 from pallas_kernels.gather.lists import Shape
 
@@ -125,7 +124,11 @@ def over_steps(p: Plan, r: dict, b, g, body) -> None:
     """Run ``body(t, j, k, v)`` for each list ``t`` of this grid step and each loop step ``j`` of its stretch."""
     stretch = pl.program_id(3)
     if p.s.full:
-        body(0, 0, r["k"][...], r["v"][...])
+        k, v = r["k"][...], r["v"][...]
+        if p.s.m % p.width:  # the last block reaches past the keys
+            left = p.s.m - stretch * p.width
+            k, v = (jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, 0) for x in (k, v))
+        body(0, 0, k, v)
         return
     keys = _Keys(p, r, b, g, stretch)
 
@@ -157,6 +160,11 @@ def _lanes(p: Plan, j):
     return pl.ds(pl.multiple_of(j * p.width, LANES), p.width)
 
 
+def _column(x):
+    """[1, n] -> [n, 1]; n a multiple of the lanes."""
+    return jnp.broadcast_to(x, (LANES, x.shape[1])).T[:, :1]
+
+
 def _fact(p: Plan, r: dict, name: str, t, j):
     """[1 | tile, width] of a table in list order."""
     ref = r[name]
@@ -186,7 +194,11 @@ def _turn(k, sides):
 
 def _logits(p: Plan, opt, r: dict, t, j, k):
     x = dot(r["q"][t], k, NT) * opt.scale
-    return x + _add(p, r, t, j) if "add" in r else x
+    x = x + _add(p, r, t, j) if "add" in r else x
+    if p.s.full and p.s.m % p.width:
+        left = p.s.m - pl.program_id(3) * p.width
+        x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < left, x, -jnp.inf)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -251,7 +263,8 @@ def backward_kernel(p: Plan, opt, names, *refs):
         def one(c):
             unit = _unit(p, r, t, j, c, stretch)[1] if start else 0
             here, there = r[x].at[*place, unit], r["+" + x].at[c]
-            copy = pltpu.make_async_copy(there, here, r["back_sem"]) if back else pltpu.make_async_copy(here, there, r["back_sem"])
+            ends = (there, here) if back else (here, there)
+            copy = pltpu.make_async_copy(*ends, r["back_sem"])
             copy.start() if start else copy.wait()
 
         _each(p, one)
@@ -286,11 +299,7 @@ def backward_kernel(p: Plan, opt, names, *refs):
             cos, sin, pairing = sides
             dk = dk * cos + dot(dk * sin, pairing, NT)
         r["dq_total"][t] += dot(ds, k, NN)
-        if p.s.full:
-            r["dk"][...] += dk
-            r["dv"][...] += dv
-        else:
-            add_to_keys(t, j, {"dkv": jnp.concatenate([dk, dv], 1)} if p.packed else {"dk": dk, "dv": dv})
+        add_to_keys(t, j, {"dkv": jnp.concatenate([dk, dv], 1)} if p.packed else {"dk": dk, "dv": dv})
 
     over_steps(p, r, b, g, body)
 

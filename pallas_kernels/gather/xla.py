@@ -47,10 +47,12 @@ def _dot(spec: str, a, b, acc):
     return jnp.einsum(spec, a, b, preferred_element_type=acc)
 
 
-def _fetch(x, index, s: Shape):
-    """[bk, g, units, unit, D] at [b', g', r', rows, c] -> [b, g, r'', rows, c * unit, D]."""
+def _fetch(x, index, usable, s: Shape):
+    """[bk, g, units, unit, D] at [b', g', r', rows, c] -> [b, g, r'', rows, c * unit, D], 0 where nothing is to be used:
+    what an invalid slot holds, NaN too, goes nowhere."""
     found = tiles._fetch(x[:, :, None], jnp.clip(index, 0, s.units - 1).reshape(*index.shape[:3], -1))
-    return found.reshape(*found.shape[:3], index.shape[3], -1, x.shape[-1])
+    found = found.reshape(*found.shape[:3], index.shape[3], -1, x.shape[-1])
+    return jnp.where(usable[..., None], found, 0)
 
 
 def _put(total, index, grad, s: Shape):
@@ -89,19 +91,21 @@ def _padded(rows: dict, s: Shape, step: int) -> dict:
     out = dict(rows)
     if extra:
         out |= {"index": pad(rows["index"], extra, 0), "add": pad(rows["add"], extra * s.unit, -jnp.inf)}
+        out["usable"] = pad(rows["usable"], extra * s.unit, False)
         out |= {"turn": pad(rows["turn"], extra * s.unit, 0.0)} if "turn" in rows else {}
     return out
 
 
 def _over_steps(s: Shape, rows: dict, body, carry):
-    """Fold ``body(first entry, index, add, turn, carry)`` over the lists."""
+    """Fold ``body(first entry, (index, usable), add, turn, carry)`` over the lists."""
     step, limit, number = _steps(s, rows)
     rows = _padded(rows, s, step)
 
     def one(j, carry):
         cut = lambda x, size: lax.dynamic_slice_in_dim(x, j * size, size, x.ndim - 1)  # noqa: E731
         turn = cut(rows["turn"], step * s.unit) if "turn" in rows else None
-        return body(j * step, cut(rows["index"], step), cut(rows["add"], step * s.unit), turn, carry)
+        listed = cut(rows["index"], step), cut(rows["usable"], step * s.unit)
+        return body(j * step, listed, cut(rows["add"], step * s.unit), turn, carry)
 
     return one(0, carry) if limit == 1 else lax.fori_loop(0, number, one, carry)
 
@@ -127,14 +131,14 @@ def _forward(s: Shape, opt, rows: dict, keys: dict):
         return _forward_full(s, opt, rows, keys, acc)
     turn_of = functools.partial(_logits, freqs=rows.get("freqs"), opt=opt, acc=acc)
 
-    def body(first, index, add, turn, carry):
+    def body(first, listed, add, turn, carry):
         top, mass, total, logits = carry
-        x = turn_of(q, _fetch(keys["k"], index, s), add, turn)
+        x = turn_of(q, _fetch(keys["k"], *listed, s), add, turn)
         new_top, e, new_mass = _softmax(x)
         new = jnp.maximum(top, new_top)
         safe = jnp.where(new > -jnp.inf, new, 0.0)
-        old, fresh = jnp.exp(top - safe), jnp.exp(jnp.where(new_top > -jnp.inf, new_top, -jnp.inf) - safe)
-        out = _weighted(e, _fetch(keys["v"], index, s), acc)
+        old, fresh = jnp.exp(top - safe), jnp.exp(new_top - safe)
+        out = _weighted(e, _fetch(keys["v"], *listed, s), acc)
         if logits is not None:
             logits = lax.dynamic_update_slice_in_dim(logits, x, first * s.unit, 5)
         return new, mass * old + new_mass * fresh, total * old[..., None] + out * fresh[..., None], logits
@@ -215,11 +219,11 @@ def _backward(s: Shape, opt, rows: dict, keys: dict, totals: dict, wants: bool):
         totals = {"k": totals["k"] + dk[:, :, 0, 0].astype(acc), "v": totals["v"] + dv[:, :, 0, 0].astype(acc)}
         return dq, d_add, totals
 
-    def body(first, index, add, turn, carry):
+    def body(first, listed, add, turn, carry):
         dq, d_add, totals = carry
-        k, v = _fetch(keys["k"], index, s), _fetch(keys["v"], index, s)
+        k, v = _fetch(keys["k"], *listed, s), _fetch(keys["v"], *listed, s)
         more, dk, dv, d = _gradient(s, opt, rows, k, v, add, turn, acc)
-        totals = {x: _put(totals[x], index, g.astype(acc), s) for x, g in (("k", dk), ("v", dv))}
+        totals = {x: _put(totals[x], listed[0], g.astype(acc), s) for x, g in (("k", dk), ("v", dv))}
         if wants:
             d_add = lax.dynamic_update_slice_in_dim(d_add, d.astype(acc), first * s.unit, 5)
         return dq + more, d_add, totals

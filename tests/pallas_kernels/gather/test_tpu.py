@@ -1,0 +1,61 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxattn.core import mask as masks
+from pallas_kernels import gather as op
+from pallas_kernels.gather import tpu
+from tests.pallas_kernels.gather.calls import CALLS, call, compare
+
+# Small ones: every copy of a unit is a call of the interpreter.
+SMALL = {
+    "every key, blocks part empty": CALLS["every key, one query of 4 heads, ragged"],
+    "blocks of kv heads, live ranges, weights": dict(
+        n=2, m=60, b=2, h=4, g=2, unit=8, hs=2, k=5, bounds=True, log_weight=True, key_bias=2, sums="kv"
+    ),
+    "pages of a pool": dict(n=1, m=64, b=2, h=2, g=1, d=16, unit=16, k=3, pool=True, valid=False, dtype=jnp.bfloat16),
+    "decoding with tokens, by the tiles around them": dict(
+        n=2, m=32, h=2, g=1, k=3, pos=True, rope="interleaved", sums="heads", bounds=True
+    ),
+    "token-level top-k, bfloat16": dict(n=3, m=20, h=4, g=1, d=8, own=True, k=5, valid=False, dtype=jnp.bfloat16),
+    "short units, token by token": dict(n=2, m=21, h=2, g=1, unit=4, own=True, k=2, mask=masks.causal(), pos=True, rope="half"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_values_and_gradients_are_the_references(rng, name):
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    o, opt = call(rng, **SMALL[name])
+    params = pltpu.InterpretParams(detect_races=True)
+    compare(lambda o, opt: tpu.gather(o, opt, interpret=params), o, opt, 2e-2 if o["q"].dtype == jnp.bfloat16 else 1e-5)
+    assert not interpreter.races.races_found
+
+
+def test_a_named_body_says_what_it_does_not_support(rng):
+    o, opt = call(rng, n=2, m=16, k=3, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="'tpu' does not support q of float16"):
+        op.gather(o, opt, "tpu")
+    o, opt = call(rng, n=65, m=16, k=3)
+    with pytest.raises(ValueError, match="'gpu' does not support 65 queries that share a list"):
+        op.gather(o, opt, "gpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: the extra tpu-aot is not installed")
+def test_lists_over_128k_tokens_compile_for_a_tpu():
+    """2,048 tokens for each of 128K queries: 1 GiB of indices, of which the scalar memory holds a few rows at a time."""
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "tpu", "--ops", "gather", "--chips", "v5e", "--json"]
+    # A second process may hold the compiler; nothing runs on a chip here.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {row["kernel"] for row in found} == {"gather_forward", "gather_backward"}
+    for row in found:
+        assert 0 < row["VMEM"] < 48 * 2**20 and row["SMEM"] < 2**19
