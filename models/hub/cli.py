@@ -5,9 +5,9 @@
     python -m models.generate PATH --image a.jpg --image b.jpg --prompt "<image> or <image>?" --tokens llm.8=uniform:keep=32
 
 A run without methods comes first, then each method alone, then all of them together where no two are rivals for one place
-(two caches, two attentions, two token methods at one site). Each way is compiled in a first, silent pass (the prompt and one
-step); what is timed and printed is a second one. Mistakes end with one line and exit code 2, methods that fail on this
-prompt with exit code 1, ctrl-C with 130.
+(two caches, two attentions, two token methods at one site). All are checked against the model and the prompt before the
+first runs. Each way is compiled in a first, silent pass (the prompt and one step); what is timed and printed is a second
+one. Mistakes end with one line and exit code 2, ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxattn import registry
 from models.bind import Bound, as_record
-from models.generate import prefill, stream
+from models.generate import decode, prefill, stream
 from models.hub import images, load, multimodal
 from models.hub.text import Text, read_text
 from models.language.llm import LLMConfig
@@ -74,6 +74,8 @@ def sockets_of(args, config) -> dict[str, dict]:
         text = given[site.end() :] if site else given
         vlm = isinstance(config, VLMConfig)
         record = as_record("tokens", text, (config.llm if vlm else config).layers)
+        if not vlm and getattr(record, "acts_on", "vision") == "vision":
+            raise ValueError(f"--tokens {given}: expected a vision-language model, it acts on the rows of pictures")
         default = "llm" if hasattr(record, "schedule") or not vlm else "vision"
         found[f"tokens {given}"] = {"reduce": {site.group()[:-1] if site else default: text}}
     return found
@@ -121,6 +123,9 @@ def prompt_of(args, config, raw: dict, text: Text) -> dict:
         raise ValueError(f"path: expected a tokenizer with the image token {token} of config.json")
     words = words if name in words else name * len(args.image) + f"\n{words}"
     fields = images.read_processor(args.path)
+    grid = tuple(map(tuple, fields["image_grid_pinpoints"] or ()))
+    if grid != config.pinpoints:
+        raise ValueError(f"path: image_grid_pinpoints: expected the model's {config.pinpoints}, the processor has {grid}")
     seen = [images.crops(images.read_picture(file), fields) for file in args.image]
     tokens = text.batch([words], special=not args.chat)[0]
     marks = int((tokens == token).sum())
@@ -130,7 +135,18 @@ def prompt_of(args, config, raw: dict, text: Text) -> dict:
     return {"tokens": tokens, "image": jax.tree.map(jnp.asarray, found)}
 
 
-def run(label: str, bound: Bound, prompt: dict, text: Text, steps: int, dtype, out) -> Run:
+def cache_bytes(bound: Bound, prompt: dict, steps: int, dtype) -> int:
+    """Of all layers together, behind the prompt and with room for ``steps``; nothing is computed. What a method refuses shows
+    here, at the prompt or the next token."""
+
+    def say():
+        state = prefill(bound, **prompt, max_new=steps, dtype=dtype)[1]
+        return state.caches, decode(bound, state, dtype=dtype)[0]
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(say)[0]))
+
+
+def run(label: str, bound: Bound, prompt: dict, text: Text, steps: int, dtype, size: int, out) -> Run:
     """Generate twice; the second pass is timed and written to ``out`` as it comes."""
     for i, _ in enumerate(stream(bound, **prompt, steps=steps, dtype=dtype)):  # compiles the prefill and a step
         if i == 1:
@@ -149,8 +165,6 @@ def run(label: str, bound: Bound, prompt: dict, text: Text, steps: int, dtype, o
             shown = now
     seconds = time.perf_counter() - began - first
     out.write("\n")
-    state = jax.eval_shape(lambda: prefill(bound, **prompt, max_new=steps, dtype=dtype))[1]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))
     return Run(label, ids, first, (len(ids) - 1) / seconds if len(ids) > 1 else 0.0, size)
 
 
@@ -187,16 +201,15 @@ def main(argv: list[str] | None = None, out=None) -> list[Run]:
             ways["all together"] = every
         family = load.FAMILIES[raw["model_type"]].model
         models = {label: family.bind(config, bound.params, **{"cache": "full", **sockets}) for label, sockets in ways.items()}
+        dtype = None if args.dtype is None else np.dtype(jnp.dtype(args.dtype))
+        sizes = {label: cache_bytes(model, prompt, args.steps, dtype) for label, model in models.items()}
     except (ValueError, OSError, ImportError) as error:
         p.error(str(error))
-    dtype = None if args.dtype is None else np.dtype(jnp.dtype(args.dtype))
     runs = []
     try:
         for label, model in models.items():
             out.write(f"--- {label}\n")
-            runs.append(run(label, model, prompt, text, args.steps, dtype, out))
-    except ValueError as error:  # what only shows where a method meets this model and prompt
-        p.exit(1, f"{p.prog}: {label}: {error}\n")
+            runs.append(run(label, model, prompt, text, args.steps, dtype, sizes[label], out))
     except KeyboardInterrupt:
         p.exit(130, "\n")
     out.write(f"\n{table(runs)}\n")

@@ -18,7 +18,7 @@ DEFAULTS = dict(do_convert_rgb=True, do_resize=True, size=224, resample=3, do_ce
 ANY_SIZE = dict(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, patch_size=14, merge_size=2)  # Qwen2-VL's
 INERT = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "data_format", "image_seq_length",
          "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square",
-         "aspect_ratio_setting"}  # fmt: skip
+         "aspect_ratio_setting", "_valid_processor_keys"}  # fmt: skip
 
 
 def read_processor(path: str | Path) -> dict:
@@ -35,7 +35,8 @@ def read_processor(path: str | Path) -> dict:
     unknown = {k: v for k, v in raw.items() if k not in DEFAULTS and k not in INERT}
     if unknown or (raw.get("do_pad") and "image_grid_pinpoints" not in raw):  # of tiles it pads the batch, not the picture
         raise ValueError(f"{file}: fields that are not supported: {unknown or 'do_pad'}")
-    found = {**DEFAULTS, **(ANY_SIZE if "merge_size" in raw else {}), **{k: v for k, v in raw.items() if k in DEFAULTS}}
+    merges = "merge_size" in raw or "Qwen2VL" in raw.get("image_processor_type", "")
+    found = {**DEFAULTS, **(ANY_SIZE if merges else {}), **{k: v for k, v in raw.items() if k in DEFAULTS}}
     if found["merge_size"] is None:
         return found
     given = {"shortest_edge": found["min_pixels"], "longest_edge": found["max_pixels"]}
@@ -47,10 +48,13 @@ def read_processor(path: str | Path) -> dict:
 
 
 def picture(image):
-    """A PIL image in RGB, of a PIL image or uint8 [H, W] (grey), [H, W, 3] or [H, W, 4] (transparency is not looked at)."""
+    """A PIL image in RGB, of a PIL image or uint8 [H, W] (grey), [H, W, 3] or [H, W, 4]; what is transparent is white."""
     from PIL import Image
 
-    return (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def read_picture(file: str | Path):

@@ -61,7 +61,8 @@ class VLMConfig:
     def site_spec(self, site: str):
         """The Spec of records bound between the stacks: "vision", rows as the tower leaves them; "project", rows as the
         language model reads them."""
-        stack_of = {"vision": self.vision, "project": self.llm}[site]
+        merged = self.vision.merge > 1  # then the rows behind the tower are as wide as the language model's
+        stack_of = {"vision": self.llm if merged else self.vision, "project": self.llm}[site]
         return stack_of.block.spec(stack_of.layers)
 
 
@@ -205,7 +206,9 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
 
     Args: prompt: Tokens-like (x [B, T, C], valid [B, T]) of the prompt's embeddings, for methods that read the text.
       out: a tower result computed before.
-    Transforms also get the facts "image", "special" (CLS and registers) and "project", the projector as a function.
+    Transforms also get the facts "image" (Pictures: the crops below each other), "special" (CLS and registers, of several
+    crops the first's) and "project", the projector as a function. What they ask of the tower's layers is told of all crops of
+    a prompt; of a tower that merges patches, of the blocks.
     """
     program, arrays, params = bound
     c: VLMConfig = program.config

@@ -78,8 +78,8 @@ def test_pictures_and_methods_at_once(vision_model):
     out = io.StringIO()
     runs = cli.main([*argv, "--tokens", "hiprune:keep=54", "--tokens", "llm.1=uniform:keep=4", "--steering",
                      "zerotuning:gamma=1.0"], out)  # fmt: skip
-    plain, whole, cut, steered, every = runs
-    assert [r.label for r in runs][3:] == ["steering zerotuning:gamma=1.0", "all together"]
+    plain, steered, whole, cut, every = runs
+    assert [r.label for r in runs][3:] == ["tokens llm.1=uniform:keep=4", "all together"]
     assert plain.ids == whole.ids == steered.ids and len(plain.ids) == 3 and cut.ids == every.ids
     assert cut.cache < plain.cache <= whole.cache and every.cache < whole.cache
 
@@ -102,7 +102,7 @@ def test_methods_that_want_one_place():
         (["--image", "config.json"], 2, "image: expected a picture, got"),
         (["--image", "a.png", "--tokens", "vision.9=uniform:keep=3"], 2, "reduce[vision.9]"),
         (["--image", "a.png", "--tokens", "uniform:keep=many"], 2, "argument 'keep': expected int, got 'many'"),
-        (["--image", "a.png", "--tokens", "uniform:keep=9999"], 1, "keep: expected at most"),
+        (["--image", "a.png", "--tokens", "uniform:keep=9999"], 2, "keep: expected at most"),
         (["--image", "a.png", "--steering", "vhr:layers=(0,9)"], 2, "layers: expected numbers in"),
     ],
 )
@@ -129,6 +129,7 @@ def test_a_checkpoint_without_its_processor(vision_model, tmp_path, capsys):
         (["--cache", "h3o"], "h3o"),
         (["--image", "x.png"], "--image: expected none for a llama"),
         (["--steps", "0"], "--steps: expected at least 1"),
+        (["--tokens", "hiprune:keep=3"], "expected a vision-language model"),
     ],
 )
 def test_what_is_refused(text_model, more, message, capsys):
