@@ -39,4 +39,9 @@ def case(sizes: Sizes, sharding, implementation: str) -> tuple[dict, dict, dict]
         if options.gate:
             floats[name]["weight"] = shape(jnp.float32, 1, size[0], heads)
         programs[name] = lambda floats, ints, x=name, o=options: op.select(floats[x] | ints[x], o, implementation)
-    return floats, ints, programs
+
+    def learned(floats, ints):
+        values = lambda f: programs["tokens"]({"tokens": f}, ints)[2]  # noqa: E731
+        return jax.grad(lambda f: jnp.sum(jnp.maximum(values(f), 0.0)))(floats["tokens"])
+
+    return floats, ints, programs | {"gradient": learned}

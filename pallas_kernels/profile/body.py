@@ -1,4 +1,4 @@
-"""What the accelerator bodies share: operands into flash's layout, two kernels, the derivative of the XLA path."""
+"""What the accelerator bodies share: operands into flash's layout and back, and the derivative."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash import layout, lists
-from pallas_kernels.flash.body import LEAST, folding, split
+from pallas_kernels.flash.body import LEAST, folding, split, summed, with_spare
 from pallas_kernels.flash.layout import Plan
-from pallas_kernels.flash.pairs import FAR
+from pallas_kernels.flash.pairs import FAR, logits_of
 from pallas_kernels.profile import xla
 from pallas_kernels.profile.reference import apart, known
 
 
 class Body(NamedTuple):
-    """Kernels over flash's arranged operands.
+    """Kernels over flash's arranged operands, each ``(p, opt, rows, keys, interpret)`` -> dict.
 
-    ``row_plan``, ``column_plan``: (operands, options) -> Plan.  ``rows(p, opt, rows, keys, interpret)`` -> {"sums"
-    [B, blocks, tiles, 2, rows]}: the log mass of each row and the mean of its logits.  ``columns`` likewise, with "sums"
-    (lse and weights) among the rows, -> {"columns" [B, blocks, units, at least pack, at least unit]}."""
+    ``plan(o, opt)``, and ``apart(o, opt)`` with one query head per row block, -> Plan.  ``rows`` -> {"sums" [B, blocks,
+    tiles, 2, rows]}: the log mass of each row and the mean of its logits.  ``columns``, with "sums" (lse, weights) among
+    the rows, -> {"columns" [B, blocks, units, at least pack, at least unit]}, by ``column_plan``.  The gradients, by
+    ``apart`` and with one more key float (``COLUMNS``) and four sums (lse, weights, plain, by_logit): ``query_gradient``
+    -> {dq, d_weights, d_row}, ``key_gradient`` -> {dk, d_key}."""
 
     name: str
-    row_plan: Callable
+    plan: Callable
+    apart: Callable
     column_plan: Callable
     rows: Callable
     columns: Callable
+    query_gradient: Callable
+    key_gradient: Callable
+
+
+COLUMNS = "+columns"  # the key float that holds the gradient of the columns
 
 
 def _arranged(p: Plan, o: dict, opt) -> tuple[dict, dict]:
@@ -46,7 +54,7 @@ def _coarse(o: dict, opt):
 def _row_sums(body: Body, o: dict, opt, interpret):
     """(lse, mean logit) [B, N, H] of each row."""
     o, opt = _coarse(o, opt)
-    p = body.row_plan(o, opt)
+    p = body.plan(o, opt)
     found = folding(body.rows, p, opt, interpret)(*_arranged(p, o, opt))["sums"]
     found = layout.from_rows(p, jnp.swapaxes(found, 3, 4))
     return found[..., 0], found[..., 1]
@@ -56,11 +64,16 @@ def _columns(body: Body, o: dict, opt, interpret, lse, weights):
     o, opt = _coarse(o, opt)
     p = body.column_plan(o, opt)
     rows, keys = _arranged(p, o, opt)
-    padded = [layout.rows_of(p, x[..., None], value=v) for x, v in ((lse, FAR), (weights, 0.0))]
-    rows["sums"] = jnp.swapaxes(jnp.concatenate(padded, -1), 3, 4)
+    rows["sums"] = _sums(p, lse, weights)
     found = folding(body.columns, p, opt, interpret)(rows, keys)["columns"]
     found = jnp.swapaxes(found[:, :, :, : p.pack, : p.unit], 2, 3)
     return found.reshape(p.b, p.h, p.units * p.unit)[..., : p.m]
+
+
+def _sums(p: Plan, lse, *others):
+    """Rows [B, N, H] as [b, blocks, tiles, sums, rows]; padding has no mass."""
+    padded = [layout.rows_of(p, x[..., None], value=FAR if x is lse else 0.0) for x in (lse, *others)]
+    return jnp.swapaxes(jnp.concatenate(padded, -1), 3, 4)
 
 
 def _reduce(body: Body, interpret, o: dict, opt, lse, weights):
@@ -69,18 +82,54 @@ def _reduce(body: Body, interpret, o: dict, opt, lse, weights):
     return _columns(body, o, opt, interpret, lse, weights), logits
 
 
+def _gradient(body: Body, interpret, floats: dict, ints: dict, opt, sums: dict, d_columns):
+    (o, opt), extra = _coarse(floats | ints, opt), jnp.moveaxis(d_columns, 1, 2)
+    p = body.apart(o, opt)
+    wide = dataclasses.replace(p, key=(*p.key, COLUMNS))
+    rows, keys = _arranged(wide, o | {"key": o["key"] | {COLUMNS: extra}}, opt)
+    rows["sums"] = _sums(p, *(sums[x] for x in ("lse", "weights", "plain", "by_logit")))
+    found = folding(body.query_gradient, wide, opt, interpret)(rows, keys)
+    found |= folding(body.key_gradient, wide, opt, interpret)(rows, keys)
+    rest = {x: a for x, a in o.items() if x not in floats}
+    arranged, pull = jax.vjp(lambda f: layout.arrange_floats(p, f | rest, opt), floats)
+    grads = {"q": found["dq"], "k": with_spare(found["dk"]), "v": jnp.zeros_like(arranged["v"])}
+    if p.row:
+        grads["row"] = summed(found["d_row"], arranged["row"].shape)
+    if p.key_floats:
+        grads["key"] = with_spare(summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
+    d_weights = layout.from_rows(p, jnp.swapaxes(found["d_weights"], 3, 4))[..., 0]
+    return pull(grads)[0], d_weights
+
+
+def pair_gradient(p: Plan, opt, s, ok, sums, d_columns, sides, row, key):
+    """(p d_columns, gradients of the products and of row and key floats) of one tile pair."""
+    s, pull = jax.vjp(logits_of(p, opt, *sides), s, row, key)
+    lse, weights, plain, by_logit = sums
+    prob = jnp.where(ok, jnp.exp(s - lse), 0.0)
+    received = prob * d_columns
+    return received, *pull(jnp.where(ok, weights * received + prob * (plain + by_logit * s), 0.0))
+
+
+def _passes(body: Body, interpret) -> xla.Passes:
+    return xla.Passes(*(functools.partial(f, body, interpret) for f in (_reduce, _gradient)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _log_mass(floats: dict, ints: dict, opt, body: Body, interpret):
     return _row_sums(body, floats | ints, opt, interpret)[0]
 
 
 def _fwd(floats, ints, opt, body, interpret):
-    return _log_mass(floats, ints, opt, body, interpret), (floats, ints)
+    lse = _log_mass(floats, ints, opt, body, interpret)
+    return lse, (floats, ints, lse)
 
 
 def _bwd(opt, body, interpret, saved, d_lse):
-    floats, ints = saved
-    return jax.vjp(lambda f: xla.log_mass(f | ints, opt), floats)[1](d_lse)[0], None
+    floats, ints, lse = saved
+    seen, zero = lse > -jnp.inf, jnp.zeros_like(lse)
+    sums = {"lse": jnp.where(seen, lse, FAR), "weights": zero, "plain": jnp.where(seen, d_lse, 0.0), "by_logit": zero}
+    d_columns = jnp.zeros((lse.shape[0], lse.shape[2], floats["k"].shape[1]), lse.dtype)
+    return _gradient(body, interpret, floats, ints, opt, sums, d_columns)[0], None
 
 
 _log_mass.defvjp(_fwd, _bwd)
@@ -88,18 +137,9 @@ _log_mass.defvjp(_fwd, _bwd)
 
 def reduce(body: Body, o: dict, opt, interpret):
     o, lse, weights = apart(o, "lse", "weights")
-    o = xla.without_values(o)
-    forward = _Forward(body, interpret)
-    return xla.differentiable(*xla.tiles.divide(o), opt, forward, lse.astype(jnp.float32), weights.astype(jnp.float32))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    body: Body
-    interpret: object
-
-    def __call__(self, o, opt, lse, weights):
-        return _reduce(self.body, self.interpret, o, opt, lse, weights)
+    floats, ints = xla.tiles.divide(xla.without_values(o))
+    lse, weights = lse.astype(jnp.float32), weights.astype(jnp.float32)
+    return xla.differentiable(floats, ints, opt, _passes(body, interpret), lse, weights)
 
 
 def profile(body: Body, o: dict, opt, interpret):

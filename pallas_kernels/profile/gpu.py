@@ -19,8 +19,9 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.flash import gpu, layout
 from pallas_kernels.flash.layout import Plan, ceil_to
-from pallas_kernels.flash.pairs import FAR, NT, dot, inside, kept, logits_of, visible
+from pallas_kernels.flash.pairs import FAR, NN, NT, dot, inside, kept, logits_of, visible
 from pallas_kernels.profile import body
+from pallas_kernels.profile.body import COLUMNS, pair_gradient
 
 # ------------------------------------------------------------------------------------------------------------- reduce
 
@@ -91,8 +92,90 @@ def _columns(p: Plan, opt, rows: dict, keys: dict, interpret):
     return gpu.call(p, opt, _columns_kernel, operands, outs, grid, "profile_columns", interpret)
 
 
+def _query_gradient_kernel(p: Plan, opt, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    size, keys = gpu.sizes(p, gpu.QUERIES)
+    b, h, tile, start = gpu.program_rows(p, size)
+    rows = pl.ds(start, size)
+    q = r["q"][b, h, tile, rows, :]
+    sums = [r["sums"][b, h, tile, i, rows][:, None] for i in range(4)]
+    row_int, row = gpu.row_sides(p, r, b, h, tile, start, size, 0)
+
+    def body(k, _, sides, carry):
+        dq, received, d_row = carry
+        key_int, key, valid = sides
+        d_columns = key.pop(COLUMNS)
+        s = dot(q, k, NT)
+        ok = visible(opt, s.shape, valid, row_int, key_int)
+        got, ds, more, _ = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
+        return dq + dot(ds.astype(k.dtype), k, NN), received + got.sum(1), jax.tree.map(jnp.add, d_row, more)
+
+    init = jnp.zeros((size, p.d_pad), jnp.float32), jnp.zeros((size,), jnp.float32)
+    init = *init, {x: jnp.zeros((size, 1), jnp.float32) for x in p.row}
+    dq, received, d_row = gpu.over_units(p, r, b, h, tile, keys, body, init)
+    r["dq"][b, h, tile, rows, :] = dq.astype(r["dq"].dtype)
+    r["d_weights"][b, h, tile, 0, rows] = received
+    for i, x in enumerate(p.row):
+        r["d_row"][b, h, tile, i, rows] = d_row[x].reshape(size)
+
+
+def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    block = p.b, p.blocks, p.tiles
+    outs = {"dq": jax.ShapeDtypeStruct((*block, p.rows, p.d_pad), rows["q"].dtype)}
+    outs["d_weights"] = jax.ShapeDtypeStruct((*block, 1, p.rows), jnp.float32)
+    if p.row:
+        outs["d_row"] = jax.ShapeDtypeStruct((*block, len(p.row), p.rows), jnp.float32)
+    grid = (p.tiles * (p.rows // gpu.sizes(p, gpu.QUERIES)[0]), p.blocks, p.b)
+    return gpu.call(p, opt, _query_gradient_kernel, rows | keys, outs, grid, "profile_query_gradient", interpret)
+
+
+def _key_gradient_kernel(p: Plan, opt, names, *refs):
+    r = dict(zip(names, refs, strict=True))
+    size, keys = gpu.sizes(p, gpu.KEYS)
+    cut, heads = p.unit_rows // keys, p.blocks // p.g
+    b, g, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    unit, start = lax.div(i, cut), lax.rem(i, cut) * keys
+    k = r["k"][b, g, unit, pl.ds(start, keys), :]
+
+    def over_head(part, dk):
+        h = g * heads + part
+        key_int, key, valid = gpu.key_sides(p, r, b, h, unit, start, keys, 0)
+        d_columns = key.pop(COLUMNS)
+
+        def body(tile, first, limits, carry):
+            dk, d_key = carry
+            rows = pl.ds(first, size)
+            q, sums = r["q"][b, h, tile, rows, :], [r["sums"][b, h, tile, i, rows][None, :] for i in range(4)]
+            row_int, row = gpu.row_sides(p, r, b, h, tile, first, size, 1)
+            live = valid * inside(*limits, valid.shape, 0) if p.bounded else valid
+            s = dot(k, q, NT)  # keys by queries
+            ok = visible(opt, s.shape, live, row_int, key_int)
+            _, ds, _, more = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
+            return dk + dot(ds.astype(q.dtype), q, NN), jax.tree.map(jnp.add, d_key, more)
+
+        d_key = {x: jnp.zeros((keys, 1), jnp.float32) for x in key}
+        dk, d_key = gpu.over_rows(p, r, b, h, unit, start, size, body, (dk, d_key))
+        for i, x in enumerate(key):
+            r["d_key"][b, h, unit, i, pl.ds(start, keys)] = d_key[x].reshape(keys)
+        return dk
+
+    dk = lax.fori_loop(0, heads, over_head, jnp.zeros((keys, p.d_pad), jnp.float32))
+    r["dk"][b, g, unit, pl.ds(start, keys), :] = dk.astype(r["dk"].dtype)
+
+
+def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    chunks, offsets = layout.transpose_lists(p, rows["lists"])
+    operands = {x: a for x, a in rows.items() if x != "lists"} | keys | {"chunks": chunks, "offsets": offsets}
+    outs = {"dk": jax.ShapeDtypeStruct((p.b, p.g, p.units, p.unit_rows, p.d_pad), keys["k"].dtype)}
+    if facts := len(p.key_floats) - 1:
+        outs["d_key"] = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, facts, p.unit_lanes), jnp.float32)
+    grid = (p.units * (p.unit_rows // gpu.sizes(p, gpu.KEYS)[1]), p.g, p.b)
+    return gpu.call(p, opt, _key_gradient_kernel, operands, outs, grid, "profile_key_gradient", interpret)
+
+
 # One query head per block of columns: sums of several would need an axis of heads in registers.
-KERNELS = body.Body("gpu", gpu.plan, functools.partial(gpu.plan, most=1), _rows, _columns)
+ALONE = functools.partial(gpu.plan, most=1)
+KERNELS = body.Body("gpu", gpu.plan, ALONE, ALONE, _rows, _columns, _query_gradient, _key_gradient)
 
 
 def reduce(o: dict, opt, interpret=False):

@@ -7,6 +7,7 @@ further than the row before, and summed: a strided rotation, no gather.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,10 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import layout, tpu_kernels
 from pallas_kernels.flash.layout import LANES, Plan, ceil_to
-from pallas_kernels.flash.pairs import FAR, NT, dot, inside, kept, logits_of, visible
+from pallas_kernels.flash.pairs import FAR, NN, NT, dot, inside, kept, logits_of, visible
 from pallas_kernels.flash.tpu import ANYWHERE, BODY, block_spec, by_tile, params
 from pallas_kernels.flash.tpu_kernels import as_column, as_row
 from pallas_kernels.profile import body, xla
+from pallas_kernels.profile.body import COLUMNS, pair_gradient
 
 SUBLANES = 8
 
@@ -112,7 +114,115 @@ def _columns(p: Plan, opt, rows: dict, keys: dict, interpret):
     return {"columns": found}
 
 
-KERNELS = body.Body("tpu", BODY.plan, BODY.plan, _rows, _columns)
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
+    r = dict(zip(names, refs, strict=True))
+    row_int, row = tpu_kernels.row_sides(p, r, as_column)
+    sums = [as_column(r["sums"][i : i + 1, :]) for i in range(4)]
+    totals = ["total", "received"] + ["row_total"] * bool(p.row)
+    for x in totals:
+        r[x][...] = jnp.zeros_like(r[x])
+
+    def body(entry, got):
+        key, key_int, valid = tpu_kernels.fetched_keys(p, r, entry, got)
+        d_columns, k = key.pop(COLUMNS), tpu_kernels.merged(p, got["k"])
+        s = dot(r["q"][...], k, NT)
+        ok = visible(opt, s.shape, valid, row_int, key_int)
+        received, ds, d_row, _ = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
+        r["total"][...] += dot(ds.astype(k.dtype), k, NN)
+        r["received"][...] += jnp.broadcast_to(received.sum(-1, keepdims=True), r["received"].shape)
+        for i, x in enumerate(p.row):
+            r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
+
+    tpu_kernels.over_units(p, r, keys, pl.program_id(0), pl.program_id(1), body)
+    r["dq"][...] = r["total"][...].astype(r["dq"].dtype)
+    r["d_weights"][...] = as_row(r["received"][:, :1])
+    for i in range(len(p.row)):
+        r["d_row"][i : i + 1, :] = as_row(r["row_total"][i][:, :1])
+
+
+def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    block = p.b, p.blocks, p.tiles
+    outs = {"dq": jax.ShapeDtypeStruct((*block, p.rows, p.d_pad), rows["q"].dtype)}
+    outs["d_weights"] = jax.ShapeDtypeStruct((*block, 1, p.rows), jnp.float32)
+    scratch = {x: pltpu.VMEM((p.rows, w), jnp.float32) for x, w in (("total", p.d_pad), ("received", LANES))}
+    if p.row:
+        outs["d_row"] = jax.ShapeDtypeStruct((*block, len(p.row), p.rows), jnp.float32)
+        scratch["row_total"] = pltpu.VMEM((len(p.row), p.rows, LANES), jnp.float32)
+    return by_tile(p, opt, _query_gradient_kernel, rows, keys, outs, scratch, "profile_query_gradient", interpret)
+
+
+def _key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
+    r = dict(zip(names, refs, strict=True))
+    b, g, u, part = (pl.program_id(i) for i in range(4))
+    parts = p.blocks // p.g
+    key_int, key, valid = tpu_kernels.key_sides(p, r)
+    d_columns = key.pop(COLUMNS)
+
+    @pl.when(part == 0)
+    def _():
+        r["total"][...] = jnp.zeros_like(r["total"])
+
+    if key:
+        r["key_total"][...] = jnp.zeros_like(r["key_total"])
+
+    def body(limits, got):
+        row_int, row = tpu_kernels.row_sides(p, got, lambda x: x)
+        q, sums = got["q"][...], [got["sums"][i : i + 1, :] for i in range(4)]
+        s = dot(r["k"][...], q, NT)  # keys by queries
+        live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
+        ok = visible(opt, s.shape, live, row_int, key_int)
+        _, ds, _, d_key = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
+        r["total"][...] += dot(ds.astype(q.dtype), q, NN)
+        for i, x in enumerate(key):
+            r["key_total"][i, : p.unit_rows] += jnp.broadcast_to(d_key[x], (p.unit_rows, LANES))
+
+    tpu_kernels.over_row_blocks(p, r, streamed, b, g * parts + part, u, body)
+
+    @pl.when(part == parts - 1)
+    def _():
+        r["dk"][...] = r["total"][...].astype(r["dk"].dtype)
+
+    for i in range(len(key)):
+        r["d_key"][i : i + 1, :] = as_row(r["key_total"][i][:, :1])
+
+
+def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    parts, facts = p.blocks // p.g, len(p.key_floats) - 1
+    chunks, offsets = layout.transpose_lists(p, rows["lists"])
+    streamed = {x: a for x, a in rows.items() if x != "lists"}
+    place = lambda b, g, u, part: (b, g * parts + part, u)  # noqa: E731
+    outs = {"dk": jax.ShapeDtypeStruct((p.b, p.g, p.units, p.unit_rows, p.d_pad), keys["k"].dtype)}
+    scratch = {"total": pltpu.VMEM((p.unit_rows, p.d_pad), jnp.float32)}
+    if facts:
+        outs["d_key"] = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, facts, p.unit_lanes), jnp.float32)
+        scratch["key_total"] = pltpu.VMEM((facts, p.unit_lanes, LANES), jnp.float32)
+    buffers = tpu_kernels.row_buffers(streamed, chunks)
+    names = ["offsets", *keys, "chunks", *streamed, *outs, *scratch, *buffers]
+    found = pl.pallas_call(
+        functools.partial(_key_gradient_kernel, p, opt, tuple(names), tuple(streamed)),
+        grid=(p.b, p.g, p.units, parts),
+        in_specs=[block_spec(p, offsets, lambda b, g, u, part: (b, g * parts + part, 0), pltpu.SMEM)]
+        + [block_spec(p, x, place) for x in keys.values()]
+        + [ANYWHERE] * (1 + len(streamed)),
+        out_specs=[block_spec(p, x, place) for x in outs.values()],
+        out_shape=list(outs.values()),
+        scratch_shapes=[*scratch.values(), *buffers.values()],
+        compiler_params=params(("parallel", "parallel", "arbitrary", "arbitrary")),
+        name="profile_key_gradient",
+        interpret=interpret,
+    )(offsets, *keys.values(), chunks, *streamed.values())
+    return dict(zip(outs, found, strict=True))
+
+
+def _apart(o: dict, opt) -> Plan:
+    """The plan with one query head per row block."""
+    return dataclasses.replace(BODY.plan(o, opt), pack=1, rows=ceil_to(opt.tile, LANES))
+
+
+KERNELS = body.Body("tpu", BODY.plan, _apart, BODY.plan, _rows, _columns, _query_gradient, _key_gradient)
 
 
 def reduce(o: dict, opt, interpret=False):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,36 +55,52 @@ def _forward(o: dict, opt, lse, weights):
     return columns.reshape(b, h, -1)[..., :m], tiles._unarrange(total, b, n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def differentiable(floats: dict, ints: dict, opt, forward, lse, weights):
-    """``forward(operands, options, lse, weights)`` with the derivative of ``reduce``."""
-    return forward(floats | ints, opt, lse, weights)
+class Passes(NamedTuple):
+    """``forward(operands, options, lse, weights)`` -> (columns, logits).  ``gradient(floats, ints, options, rows,
+    d_columns)`` -> (gradient of floats, of weights): of the logits it is p (weights d_columns + plain + by_logit s), with
+    ``rows``: those three and "lse", [B, N, H] each."""
+
+    forward: Callable
+    gradient: Callable
 
 
-def _fwd(floats, ints, opt, forward, lse, weights):
-    columns, total = forward(floats | ints, opt, lse, weights)
-    return (columns, total), (floats, ints, lse, weights, total)
-
-
-def _bwd(opt, forward, saved, cotangents):
-    floats, ints, lse, weights, total = saved
-    d_columns, d_total = cotangents
+def _gradient(floats: dict, ints: dict, opt, rows: dict, d_columns):
     o = floats | ints
     (b, n, h, _), g = o["q"].shape, o["k"].shape[2]
     d_columns = tiles._tiles(d_columns.reshape(b, g, h // g, -1), opt.unit)
-    per_row = {"lse": _spread(lse, o, opt), "weights": _spread(weights, o, opt), "d_total": _spread(d_total, o, opt)}
+    per_row = {x: _spread(a, o, opt) for x, a in rows.items()}
 
     def pair(row, s, ok, v, index):
-        p = jnp.exp(jnp.where(ok, s, -jnp.inf) - row["lse"][..., None])
+        at = {x: a[..., None] for x, a in row.items()}
+        p = jnp.exp(jnp.where(ok, s, -jnp.inf) - at["lse"])
         pd = p * tiles._merge_units(tiles._fetch(d_columns, index))[..., None, :]
-        ds = row["weights"][..., None] * pd + row["d_total"][..., None] * p * (1.0 + jnp.where(ok, s, 0.0))
+        ds = at["weights"] * pd + p * (at["plain"] + at["by_logit"] * jnp.where(ok, s, 0.0))
         return ds, None, pd.sum(-1)
 
     found = jnp.zeros(per_row["lse"].shape[:3] + (opt.tile,), d_columns.dtype)
     grads, d_weights = tiles.pull_back(o, opt, per_row, found, pair)
-    d_weights = tiles._unarrange(d_weights, b, n)
+    return tiles.push_floats(floats, ints, opt, grads), tiles._unarrange(d_weights, b, n)
+
+
+PASSES = Passes(_forward, _gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def differentiable(floats: dict, ints: dict, opt, passes: Passes, lse, weights):
+    return passes.forward(floats | ints, opt, lse, weights)
+
+
+def _fwd(floats, ints, opt, passes, lse, weights):
+    columns, total = passes.forward(floats | ints, opt, lse, weights)
+    return (columns, total), (floats, ints, lse, weights, total)
+
+
+def _bwd(opt, passes, saved, cotangents):
+    floats, ints, lse, weights, total = saved
+    d_columns, d_total = cotangents
+    rows = {"lse": lse, "weights": weights, "plain": d_total, "by_logit": d_total}
+    d_floats, d_weights = passes.gradient(floats, ints, opt, rows, d_columns)
     d_lse = -(weights * d_weights + d_total * total)  # p depends on lse through exp(-lse) alone
-    d_floats = tiles.push_floats(floats, ints, opt, grads)
     return d_floats, None, d_lse.astype(lse.dtype), d_weights.astype(weights.dtype)
 
 
@@ -97,7 +115,7 @@ def without_values(o: dict) -> dict:
 def reduce(o: dict, opt):
     o, lse, weights = apart(o, "lse", "weights")
     acc = jnp.promote_types(o["q"].dtype, jnp.float32)
-    return differentiable(*tiles.divide(without_values(o)), opt, _forward, lse.astype(acc), weights.astype(acc))
+    return differentiable(*tiles.divide(without_values(o)), opt, PASSES, lse.astype(acc), weights.astype(acc))
 
 
 def log_mass(o: dict, opt):

@@ -8,10 +8,11 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.core import mask as masks
+from pallas_kernels import _compat, _mesh
 from pallas_kernels import profile as op
 from pallas_kernels.flash.xla import divide
 from pallas_kernels.profile import gpu, reference, tpu, xla
-from tests.pallas_kernels.flash.calls import CALLS, call
+from tests.pallas_kernels.flash.calls import CALLS, Slopes, call
 
 RACES = pltpu.InterpretParams(detect_races=True)
 BODIES = {
@@ -43,18 +44,21 @@ def test_sums_are_the_references(rng, body, length):
     assert body != "tpu" or not interpreter.races.races_found
 
 
-def test_gradients_of_the_kernels_are_the_references(rng):
-    o, opt = call(rng, n=9, m=20, h=2, g=1, tile=8, unit=8, mask=masks.causal(), key_bias=1)
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_gradients_of_the_kernels_are_the_references(rng, name):
+    """Of columns, expected logits and the log mass, in queries, keys, side rows, biases, weights and a given lse."""
+    o, opt = call(rng, n=9, m=20, h=4, g=2, tile=8, unit=8, mask=masks.causal(), score_mod=Slopes(), key_bias=2)
     floats, ints = divide(o)
-    a, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 2, 20), (1, 9, 2)))
+    floats = {x: a for x, a in floats.items() if x != "v"}
+    a, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 4, 20), (1, 9, 4)))
 
-    def loss(profile, floats, weights):
+    def loss(profile, reduce, floats, weights):
         columns, lse = profile(floats | ints | {"weights": weights}, opt)
-        return jnp.sum(a * columns**2) + jnp.where(lse > -jnp.inf, lse, 0.0).sum()
+        own, logits = reduce(floats | ints | reference.known(lse + 0.3, weights), opt)
+        return jnp.sum(a * columns**2) + jnp.where(lse > -jnp.inf, lse, 0.0).sum() + jnp.sum(a * own) + jnp.sum(logits**2)
 
-    got, want = (
-        jax.jit(jax.grad(functools.partial(loss, f), (0, 1)))(floats, weights) for f in (BODIES["gpu"][0], reference.profile)
-    )
+    fast, slow = (functools.partial(loss, *f[:2]) for f in (BODIES[name], (reference.profile, reference.reduce)))
+    got, want = (jax.jit(jax.grad(f, (0, 1)))(floats, weights) for f in (fast, slow))
     jax.tree.map(close, got, want)
 
 
@@ -79,6 +83,15 @@ def test_gradient_of_diagonals_on_a_kernel(rng):
 
     got, want = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1)))(q, k) for f in (BODIES["gpu"][2], reference.diagonals))
     jax.tree.map(close, got, want)
+
+
+def test_a_call_cut_over_a_mesh_has_the_same_sums(rng):
+    """Over batch and heads; columns are sums over all queries, which stay together."""
+    mesh = _compat.make_mesh((2, 2, 2), ("data", "sequence", "tensor"))
+    o, opt = call(rng, n=16, b=2, h=4, g=2, hs=2, tile=8, unit=8, mask=masks.causal(), key_bias=2)
+    o = {x: a for x, a in o.items() if x != "v"} | {"weights": jnp.asarray(rng.normal(size=(2, 16, 4)), jnp.float32)}
+    cut = _mesh.spread(xla.profile, op.dims(o, opt), mesh=mesh)
+    jax.tree.map(close, jax.jit(lambda o: cut(o, opt))(o), reference.profile(o, opt))
 
 
 def test_a_unit_that_is_listed_twice_counts_once(rng):
