@@ -17,6 +17,20 @@ from jaxattn.tokens.attention_debiasing import attention_debiasing, debias, fit_
 from jaxattn.tokens.baselines import mean_pool, random, uniform
 from jaxattn.tokens.fastervlm import fastervlm, fastervlm_scores
 from jaxattn.tokens.flowcut import flow_score, flowcut, flowcut_left, flowcut_scores, flowcut_text
+from jaxattn.tokens.focusui import (
+    box_share,
+    focusui,
+    focusui_keep,
+    focusui_rows,
+    fused_label,
+    patch_scores,
+    pointer_logits,
+    pointer_target,
+    region_weight,
+    run_ends,
+    scorer_loss,
+    tie_seed,
+)
 from jaxattn.tokens.g_search import g_search, g_search_rates, p_sigmoid, p_sigmoid_search
 from jaxattn.tokens.hiprune import hiprune, hiprune_scores, hiprune_select
 from jaxattn.tokens.holov import holov, holov_crops, holov_quotas, holov_select, holov_tokens
@@ -63,18 +77,19 @@ from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zo
 
 __all__ = [
     "adaptinfer", "adaptinfer_counts", "adaptinfer_layers", "adaptinfer_scores", "adatoken_3d", "adatoken_rates",
-    "aim", "aim_merge", "aim_merge_tokens", "attention_debiasing", "attention_shift", "average_rows", "content_mask",
-    "content_words", "contribution_curve", "debias", "decouple", "dominant_contextual", "fastervlm",
+    "aim", "aim_merge", "aim_merge_tokens", "attention_debiasing", "attention_shift", "average_rows", "box_share",
+    "content_mask", "content_words", "contribution_curve", "debias", "decouple", "dominant_contextual", "fastervlm",
     "fastervlm_scores", "fastv", "fit_trend", "flow_score", "flowcut", "flowcut_left", "flowcut_scores",
-    "flowcut_text", "g_search", "g_search_rates", "group_ratios", "hiprune", "hiprune_scores", "hiprune_select",
-    "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "information_flow", "last_ratio",
-    "last_token_agreement", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop",
-    "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim",
-    "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy", "pyramiddrop", "quota", "quota_counts",
+    "flowcut_text", "focusui", "focusui_keep", "focusui_rows", "fused_label", "g_search", "g_search_rates",
+    "group_ratios", "hiprune", "hiprune_scores", "hiprune_select", "holov", "holov_crops", "holov_quotas",
+    "holov_select", "holov_tokens", "information_flow", "last_ratio", "last_token_agreement", "mean_pool", "mmtok",
+    "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys",
+    "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim", "p_sigmoid", "p_sigmoid_search", "pagerank_importance",
+    "patch_entropy", "patch_scores", "pointer_logits", "pointer_target", "pyramiddrop", "quota", "quota_counts",
     "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES", "quota_scores", "quota_shares",
-    "random", "real_patches", "recycle", "sensitivity", "text_prior", "todre", "todre_exit", "todre_picks",
-    "todre_select", "token_transition", "transprune", "transprune_scores", "trend_weights", "uniform",
-    "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages",
-    "visiondrop", "visiondrop_encode", "visiondrop_stages", "vtc_cls", "vtc_cls_scores", "window_similarity",
-    "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
+    "random", "real_patches", "recycle", "region_weight", "run_ends", "scorer_loss", "sensitivity", "text_prior",
+    "tie_seed", "todre", "todre_exit", "todre_picks", "todre_select", "token_transition", "transprune",
+    "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt", "vflowopt_importance",
+    "vflowopt_reduce", "vflowopt_search", "vflowopt_stages", "visiondrop", "visiondrop_encode", "visiondrop_stages",
+    "vtc_cls", "vtc_cls_scores", "window_similarity", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip

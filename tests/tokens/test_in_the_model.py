@@ -14,8 +14,8 @@ from jaxattn.core import mask as masks
 from jaxattn.core.attend import make_call
 from jaxattn.core.types import Meta, Need, State
 from jaxattn.tokens.vflowopt import importance_need
-from models import evidence as ev
 from models import caches, stack
+from models import evidence as ev
 from models.bind import Bound
 from models.language import llm
 from models.multimodal import vlm
