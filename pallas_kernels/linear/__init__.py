@@ -15,13 +15,15 @@ one more column of v, whose width need not be a multiple of anything. Only sums 
 are exponentiated, and those are <= 0: strong decays underflow, they never overflow.
 
 Implementations: "reference" (token by token), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
-float32 and bfloat16 with one dtype for q, k and v).
+float32 and bfloat16 with one dtype for q, k and v; "tpu" holds states of up to 2^19 entries, "gpu" takes arrays of fewer
+than 2^31).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 
 from pallas_kernels._dispatch import choose
 from pallas_kernels.linear import reference, xla
@@ -61,9 +63,7 @@ def linear(operands: dict, options: Options, implementation: str | None = None, 
     operands = {x: a for x, a in operands.items() if a is not None}
 
     def refusal(name: str) -> str | None:
-        from pallas_kernels.linear import body
-
-        return body.unsupported(name, operands)
+        return importlib.import_module(f"{__name__}.{name}").unsupported(operands, options)
 
     names = functools.partial(reference.dims, operands)
     return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal, names, mesh)(operands, options)

@@ -15,8 +15,6 @@ from pallas_kernels._vmap import folding
 from pallas_kernels.linear import decays
 from pallas_kernels.linear.reference import floored, repeated
 
-ENTRIES = 3 * 2**19  # of the states in a TPU's vector memory: 16 bytes each, read and written behind the work
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -55,11 +53,12 @@ class Plan:
 
 
 class Body(NamedTuple):
-    """A set of kernels. ``plan(o, opt)``; ``forward(p, x, interpret)`` -> {out, end} for arranged operands x;
-    ``backward(p, x, interpret)`` -> {dq, dk, dv, d_state} and dd if there are decays, with "do" and "d_end" in x. States
-    are [B, H, Dv, F]."""
+    """A set of kernels. ``unsupported(o, opt)``: what it cannot do with a call, or None. ``plan(o, opt)``.
+    ``forward(p, x, interpret)`` -> {out, end} for arranged operands x. ``backward(p, x, interpret)`` -> {dq, dk, dv, d_state}
+    and dd if there are decays, with "do" and "d_end" in x. States are [B, H, Dv, F]."""
 
     name: str
+    unsupported: Callable
     plan: Callable
     forward: Callable
     backward: Callable
@@ -181,21 +180,16 @@ _linear.defvjp(_fwd, _bwd)
 
 
 def run(body: Body, o: dict, opt, interpret):
-    if (why := unsupported(body.name, o)) is not None:
+    if (why := body.unsupported(o, opt)) is not None:
         raise ValueError(f"implementation: {body.name!r} does not support {why}")
     return _linear(o, opt, body, interpret)
 
 
-def unsupported(name: str, o: dict) -> str | None:
-    """What a body of accelerator kernels cannot do with this call, or None."""
+def unsupported(o: dict) -> str | None:
+    """What no body of accelerator kernels can do with this call, or None."""
     if o["q"].dtype not in (jnp.float32, jnp.bfloat16):
         return f"q of {o['q'].dtype}: expected float32 or bfloat16"
     for x in ("k", "v"):
         if o[x].dtype != o["q"].dtype:
             return f"{x} of {o[x].dtype} beside q of {o['q'].dtype}: expected one dtype"
-    if o["q"].shape[1] == 0:
-        return "an empty sequence"
-    f, dv = (-(-o[x].shape[3] // 128) * 128 for x in ("q", "v"))
-    if name == "tpu" and f * dv > ENTRIES:
-        return f"states of {o['q'].shape[3]} x {o['v'].shape[3]}: expected at most {ENTRIES} entries, in whole lanes"
-    return None
+    return "an empty sequence" if 0 in o["q"].shape else None

@@ -17,16 +17,19 @@ from jax import lax
 
 from pallas_kernels.flash.pairs import NN, NT, dot
 
+GRAINS = 256.0  # 2^8: with decays cut off at -120, a sum over 256 tokens fits the 24 bits of float32
+
 
 def running(d):
-    """(whole, rest): running sums of log-decays along the last axis in two parts that are to be subtracted apart.
+    """(coarse, fine): running sums of log-decays along the last axis in two parts that are to be subtracted apart.
 
-    Sums of integers are exact, so a strong decay inside a chunk costs its neighbours no precision. By a product of
-    matrices: XLA's cumulative sum takes quadratic time on a CPU."""
-    whole = jnp.round(d)
+    The coarse part of a decay is a multiple of 1/256. Sums of those are exact, so that neither a strong decay costs its
+    neighbours precision nor many tokens with the same one; the fine sums are small. By a product of matrices: XLA's
+    cumulative sum takes quadratic time on a CPU."""
+    coarse = jnp.round(d * GRAINS) / GRAINS
     up_to = np.triu(np.ones((d.shape[-1], d.shape[-1]), d.dtype))
     summed = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return lax.stop_gradient(summed(whole, up_to)), summed(d - lax.stop_gradient(whole), up_to)
+    return lax.stop_gradient(summed(coarse, up_to)), summed(d - lax.stop_gradient(coarse), up_to)
 
 
 def index(shape, axis: int):
@@ -34,12 +37,13 @@ def index(shape, axis: int):
 
 
 def pairs(size: int, b, later: int = 0):
-    """bool [size, size]: pairs that part in blocks of ``b``; b = 0 is each token with itself. ``later``: the axis of t."""
-    t, s = index((size, size), later), index((size, size), 1 - later)
-    apart = t ^ s
+    """bool [size, size]: pairs that part in blocks of ``b``; b = 0 is each token with itself. ``later``: the axis of t.
+
+    One comparison of a column and a row, so that a kernel has no table of indices to keep."""
+    t, s = (index((size, 1) if axis == 0 else (1, size), axis) for axis in (later, 1 - later))
     if isinstance(b, int) and b == 0:
-        return apart == 0
-    return (apart >= b) & (apart < 2 * b) & (t > s)
+        return t == s
+    return jnp.where((t & b) != 0, (t & -b) - b, -1) == (s & -b)
 
 
 def blocks(d, swap):

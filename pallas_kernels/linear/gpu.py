@@ -55,14 +55,14 @@ def _summed(p: Plan, take, d):
 
 
 def _of_channels(p: Plan, d) -> Weights:
-    t, u = index((p.chunk, p.chunk), 0), index((p.chunk, p.chunk), 1)
+    t, u = index((p.chunk, 1), 0), index((1, p.chunk), 1)
 
     def fold(step, carry):
         def one(i, carry):  # a loop of the kernel: unrolled, all masks would be held in registers
             b = lax.shift_left(jnp.int32(1), i)
-            # from the middle of the pairs' block to t, or from s to there
-            between = _summed(p, ((t ^ u) < b) & (jnp.where((t & b) != 0, t - u, u - t - 1) >= 0), d)
-            return step(b, jnp.exp(between), carry)
+            second = (t & b) != 0  # from the middle of the pairs' block to t, or from s to there
+            low, high = jnp.where(second, t & -b, t + 1), jnp.where(second, t, t | (b - 1))
+            return step(b, jnp.exp(_summed(p, (u >= low) & (u <= high), d)), carry)
 
         return lax.fori_loop(0, p.chunk.bit_length() - 1, one, carry)
 
@@ -314,6 +314,7 @@ def _backward(p: Plan, x: dict, interpret):
         token = p.b, p.h, parts, p.rows
         outs["dd"] = _shape(jnp.float32, *(token if p.decay == "token" else (p.b, p.rows, p.h, p.f_pad)))
     grid = p.chunks, p.kv * parts, p.b
+    tiles = f_tile, min(v_tile, max(16, p.dv_pad // 2))  # a loop over two tiles holds less than one tile without it
     found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret, 8)
     if p.decay == "token":
         found["dd"] = lax.cumsum(found["dd"].sum(2), 2, reverse=True)
@@ -333,7 +334,17 @@ def _plan(o: dict, opt) -> Plan:
     return body.plan(o, opt, chunks=chunks, most=None, pad_width=width, heads_first=False)
 
 
-BODY = Body("gpu", _plan, _forward, _backward)
+def unsupported(o: dict, opt) -> str | None:
+    if (why := body.unsupported(o)) is not None:
+        return why
+    p = _plan(o, opt)
+    size = p.b * p.h * max(p.rows * max(p.f_pad, p.dv_pad), p.chunks * p.f_pad * p.dv_pad)
+    if size >= 2**31:  # Triton's offsets are int32
+        return f"arrays of {size} entries (q, v or the states before all chunks): expected fewer than 2^31"
+    return None
+
+
+BODY = Body("gpu", unsupported, _plan, _forward, _backward)
 
 
 def linear(o: dict, opt, interpret=False):

@@ -38,6 +38,7 @@ TN = ((0,), (0,))
 CHUNKS = {None: (128, 256), "token": (128, 256), "channel": (128,)}
 SUBLANES = 8
 MOST = 4  # query heads of a step
+ENTRIES = 2**19  # of the states that are held: 16 bytes each, as they are read and written behind the work
 STATES = ("state", "end", "d_state", "d_end")
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on the smallest of the chips compiled for
 
@@ -221,13 +222,23 @@ def _backward(p: Plan, x: dict, interpret):
     return found
 
 
+def _entries(o: dict) -> int:
+    """Of a state."""
+    return ceil_to(o["q"].shape[3], LANES) * ceil_to(o["v"].shape[3], LANES)
+
+
+def unsupported(o: dict, opt) -> str | None:
+    if _entries(o) > ENTRIES:
+        return f"states of {o['q'].shape[3]} x {o['v'].shape[3]}: expected at most {ENTRIES} entries, in whole lanes"
+    return body.unsupported(o)
+
+
 def _plan(o: dict, opt) -> Plan:
-    f, dv = (ceil_to(o[x].shape[3], LANES) for x in ("q", "v"))
-    most = max(1, min(MOST, body.ENTRIES // (f * dv)))
+    most = max(1, min(MOST, ENTRIES // _entries(o)))
     return body.plan(o, opt, chunks=CHUNKS, most=most, pad_width=lambda n: ceil_to(n, LANES), heads_first=True)
 
 
-BODY = Body("tpu", _plan, _forward, _backward)
+BODY = Body("tpu", unsupported, _plan, _forward, _backward)
 
 
 def linear(o: dict, opt, interpret=False):

@@ -73,6 +73,9 @@ def test_a_named_body_says_what_it_does_not_support(rng):
     wide, opt = call(rng, n=2, f=4096, dv=512)
     with pytest.raises(ValueError, match="'tpu' does not support states of 4096 x 512"):
         op.linear(wide, opt, "tpu")
+    long = {x: jax.ShapeDtypeStruct((4, 2**17, 32, 128), jnp.bfloat16) for x in ("q", "k", "v")}
+    with pytest.raises(ValueError, match="'gpu' does not support arrays of 4294967296 entries"):
+        op.linear(long, opt, "gpu")
     out, _ = op.linear(wide, opt)  # the choice that is not named works wherever XLA does
     assert jnp.isfinite(out).all()
 
