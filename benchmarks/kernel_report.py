@@ -2,7 +2,9 @@
 
     python -m benchmarks.kernel_report tpu                          # 128K tokens, every operation and chip generation
     python -m benchmarks.kernel_report tpu --ops flash --chips v6e --tokens 32768 --lists shared
+    python -m benchmarks.kernel_report tpu --chips v5e --mesh       # cut over the four chips of a slice
     python -m benchmarks.kernel_report gpu --head-dim 64            # an H200
+    python -m benchmarks.kernel_report gpu --ops flash --implementation hopper
 
 Nothing runs: programs are compiled ahead of time from shapes (extras ``tpu-aot`` and ``gpu-aot``). A kernel that does not
 fit its chip fails here as it would there. What is compiled: ``benchmarks/kernel_cases``.
@@ -10,6 +12,7 @@ fit its chip fails here as it would there. What is compiled: ``benchmarks/kernel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -28,10 +31,11 @@ import jax  # isort: skip
 import tyro  # isort: skip
 from jax.experimental import topologies  # isort: skip
 from jax.extend import core  # isort: skip
-from jax.sharding import SingleDeviceSharding  # isort: skip
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # isort: skip
 
 import pallas_kernels  # isort: skip
 from benchmarks import kernel_cases  # isort: skip
+from pallas_kernels._compat import make_mesh  # isort: skip
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -49,11 +53,16 @@ class Tpu(_Report):
     """Compile the operations, forward and backward, for one device of each chip."""
 
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
+    mesh: bool = False
+    """Cut the calls over all devices of a slice, queries in halves or more and heads in two, and report one device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(_Report):
     """Compile the operations, forward and backward, for an H200."""
+
+    implementation: Literal["gpu", "hopper"] = "gpu"
+    """Triton bodies, or those for Hopper alone, which not every operation has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +107,7 @@ def kernel_calls(jaxpr) -> list:
     """The kernels in a jaxpr, however deep."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
+        if eqn.primitive.name in ("pallas_call", "mpmd_map"):
             found.append(eqn)
             continue
         for value in eqn.params.values():
@@ -137,10 +146,16 @@ def vector_bytes(eqn, sharding) -> int:
 
 
 def report(chip: str, options: Tpu) -> list[dict]:
-    sharding = SingleDeviceSharding(topology(CHIPS[chip]).devices[0])
+    devices = topology(CHIPS[chip]).devices
+    sharding = whole = SingleDeviceSharding(devices[0])
+    mesh = make_mesh((len(devices) // 2, 2), ("sequence", "tensor"), devices=devices) if options.mesh else None
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
     rows = []
     for op in options.ops:
-        for built in build(op, options, sharding, "tpu"):
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            programs = list(build(op, options, whole, "tpu"))
+        for built in programs:
             rows += [
                 {
                     "op": op, "chip": chip, "program": built.name, "kernel": eqn.params["name"],
@@ -160,11 +175,12 @@ def gpu_report(options: Gpu) -> list[dict]:
     with tempfile.TemporaryDirectory() as dump:
         # Read when the first program is compiled.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={root} --xla_dump_to={dump}"
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": dump, "MOSAIC_GPU_DUMP_PTX": "1"}
         target = (Path(pallas_kernels.__file__).parent / "targets" / "h200.txtpb").read_text()
         chip = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
         rows = []
         for op in options.ops:
-            for built in build(op, options, SingleDeviceSharding(chip), "gpu"):
+            for built in build(op, options, SingleDeviceSharding(chip), options.implementation):
                 names = {eqn.params["name"] for eqn in built.kernels}
                 for figures in gpu_kernels(Path(dump), root, names):
                     rows.append({
@@ -181,18 +197,22 @@ def gpu_kernels(dump: Path, root: Path, names: set[str]) -> list[dict]:
     for plan in dump.glob("*thunk_sequence.txt"):
         for name, size in re.findall(r"(\w+) grid: .*shared_memory: (\d+) bytes", plan.read_text()):
             shared[name] = int(size)
+    for passes in dump.glob("*.mlir-passes.log"):  # of Mosaic: the plan does not show it
+        size = re.search(r"dynamic_shared_memory_size %c(\d+)", passes.read_text())
+        shared[re.sub(r"_\d+$", "", passes.name.removesuffix(".mlir-passes.log"))] = int(size[1])
     rows = []
     for path in sorted(dump.glob("*.ptx")):
         name = re.search(r"\.entry (\w+)", text := path.read_text())
-        if name is None or name[1] not in names:
+        kernel = name and name[1].removesuffix("_mosaic_gpu_kernel")
+        if kernel not in names:
             continue
         command = [root / "bin" / "ptxas", "-v", "-arch=sm_90a", path, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         rows.append({
-            "kernel": name[1], "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-            "spills": int(spills[1]) + int(spills[2]), "shared memory": shared[name[1]],
-            "wgmma": text.count("wgmma.mma_async"), "mma": text.count("mma.sync"),
+            "kernel": kernel, "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+            "spills": int(spills[1]) + int(spills[2]), "shared memory": shared[kernel],
+            "wgmma": text.count("wgmma.mma_async"), "mma": text.count("mma.sync"), "tma": text.count("cp.async.bulk.tensor"),
         })  # fmt: skip
     if missing := names - {row["kernel"] for row in rows}:
         raise ValueError(f"gpu: expected PTX of {', '.join(sorted(missing))}, the compiler wrote none")

@@ -4,6 +4,8 @@ A module has ``case(sizes, sharding, implementation) -> (floats, ints, programs)
 others as dicts of ShapeDtypeStructs, and ``{"forward": f(floats, ints), ...}``. With ``DIFFERENTIABLE = True`` the
 report adds "backward", the gradient of ``floats`` from all outputs of "forward". The operation's kernels bear its name:
 "flash_forward" is a kernel of flash.
+
+One whose sizes can be measured also has ``tuning(sizes, dtype, implementation) -> list of Tunable``.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Sizes:
     lists: Literal["shared", "kv heads", "query heads"] = "kv heads"
     decay: Literal["none", "head", "token", "channel"] = "token"
     """What a recurrence decays by."""
+
+
+class Tunable(NamedTuple):
+    """Sizes to choose: the body looks them up under ``shape`` and ``dtype``; ``program(*args)`` is what they speed up."""
+
+    shape: str
+    dtype: str
+    candidates: tuple[dict[str, int], ...]
+    program: Callable
+    args: tuple
 
 
 def names() -> tuple[str, ...]:

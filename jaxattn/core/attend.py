@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxattn.core.mask import block_map
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
+from pallas_kernels import _tuned
 from pallas_kernels.flash import Options, flash
 from pallas_kernels.profile import column_sums
 
-TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path
+TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path, where a chip's own are not known
 
 
 def attend(q, k, v, *, where=None, mask=None, q_meta=None, k_meta=None, bias=None, scale=None, score_mod=None,
@@ -271,7 +272,8 @@ def lower(call: Call) -> tuple[dict, Options]:
         names = names | call.score_mod.fields()
     where = call.where
     if where is None:
-        where = dense_list(call.mask, call.q_meta, call.k_meta, n, m)
+        held = _tuned.sizes("flash", "xla", _tuned.width(q.shape[3], v.shape[3]), q.dtype, {"tile": TILE, "unit": UNIT})
+        where = dense_list(call.mask, call.q_meta, call.k_meta, n, m, held["tile"], held["unit"])
     check_selection(where, call)
     operands = {
         "q": q, "k": k, "v": v, "bias": bias, "key_bias": key_bias,
@@ -299,10 +301,10 @@ def _per_key(x):
     return x[..., None] if x.ndim == 2 else jnp.moveaxis(x, 1, 2)
 
 
-def dense_list(mask, q_meta: Meta, k_meta: Meta, n: int, m: int) -> Selection:
+def dense_list(mask, q_meta: Meta, k_meta: Meta, n: int, m: int, tile: int = TILE, unit: int = UNIT) -> Selection:
     """Lists of the key tiles each query tile may see: known at trace time where both Metas are."""
-    tile, unit = min(n, TILE), min(m, UNIT)
-    if n <= TILE and m <= UNIT:
+    tile, unit = min(n, tile), min(m, unit)
+    if tile == n and unit == m:
         return Selection(np.zeros((1, 1, 1, 1), np.int32), np.ones((1, 1, 1), np.int32), unit, tile, distinct=True)
     may, _ = block_map(mask, q_meta, k_meta, tile, unit)
     if isinstance(may, np.ndarray):

@@ -78,15 +78,15 @@ def compare(body, o, opt, tol):
 
 RICH = masks.mutual() & masks.same("seg") | ~masks.key_is("kind", 2) & masks.first(3) | masks.window(5, 2)
 CALLS = {
-    "one row": dict(n=1, m=17, h=3, d=8, dv=5, unit=8),
+    "one row": dict(n=1, m=17, h=3, d=33, dv=5, unit=8),
     "17: lists and facts of kv heads, live ranges": dict(
-        n=17, m=23, b=2, h=4, g=2, tile=8, unit=8, hs=2, k=2, mask=masks.causal(), key_bias=2, bounds=True
+        n=17, m=23, b=2, h=4, g=2, d=256, dv=64, tile=8, unit=8, hs=2, k=2, mask=masks.causal(), key_bias=2, bounds=True
     ),
     "127: a list per query head, score_mod": dict(
-        n=127, b=2, h=2, d=12, tile=40, unit=24, hs=2, k=4, mask=masks.causal(), score_mod=Slopes(), key_bias=1
+        n=127, b=2, h=2, d=80, tile=40, unit=24, hs=2, k=4, mask=masks.causal(), score_mod=Slopes(), key_bias=1
     ),
     "129: bfloat16, a shared list, padding, labels": dict(
-        n=129, b=2, h=2, d=20, tile=64, unit=33, k=3, mask=RICH, padded=4, dtype=jnp.bfloat16
+        n=129, b=2, h=2, d=128, dv=20, tile=64, unit=33, k=3, mask=RICH, padded=4, dtype=jnp.bfloat16
     ),
-    "1000": dict(n=1000, h=2, g=1, d=16, tile=256, unit=250, mask=masks.causal()),
+    "1000": dict(n=1000, h=2, g=1, d=96, tile=256, unit=128, mask=masks.causal()),
 }

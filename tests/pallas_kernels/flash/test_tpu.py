@@ -58,7 +58,7 @@ def test_a_mapped_call_is_a_longer_batch(rng):
 def test_transposed_lists_hold_every_entry_once(rng):
     o, opt = call(rng, n=50, m=64, h=2, tile=4, unit=8, hs=2, k=5)
     p = tpu._plan(o, opt)
-    chunks, offsets = layout.transpose_lists(p, layout.arrange_ints(p, o)["lists"])
+    chunks, offsets = layout.transpose_lists(p, layout.arrange_ints(p, o, opt)["lists"])
     for head in range(2):
         flat = chunks[0, head, :, 0].reshape(-1)
         for unit in range(p.units):
@@ -80,9 +80,8 @@ class Table:
     "operands, options, why",
     [
         ({"q": jnp.zeros((1, 16, 1, 8), jnp.float16)}, {}, "q of float16"),
-        ({"bias": jnp.zeros((1, 1, 16, 16))}, {}, "bias that differs by query"),
-        ({"log_weight": jnp.zeros((1, 1, 2, 2))}, {}, "log_weight"),
-        ({}, {"unit": 4}, "units of 4 keys"),
+        ({"bias": jnp.zeros((1, 1, 16, 16))}, {"unit": 4}, "bias that differs by query with units of 4 keys"),
+        ({}, {"unit": 2048}, "units of 2048 keys"),
         ({}, {"score_mod": Sorted()}, "score_mod with .*sort"),
         ({}, {"mask": Table()}, "mask with .*sign, .*captured array"),
     ],
@@ -95,16 +94,33 @@ def test_a_named_body_says_what_it_does_not_support(rng, operands, options, why)
     assert jnp.isfinite(out).all()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: the extra tpu-aot is not installed")
-def test_128k_tokens_compile_for_a_tpu():
-    """Lists per query head, forward and backward, of 128K tokens and 32 heads: 2 MiB of indices, twice the scalar memory."""
-    arguments = ["tpu", "--ops", "flash", "--chips", "v5e", "--lists", "query heads", "--entries", "16", "--json"]
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: the extra tpu-aot is not installed"
+)
+
+
+def report(*arguments) -> dict:
+    arguments = ["tpu", "--ops", "flash", "--chips", "v5e", "--json", *arguments]
     command = [sys.executable, "-m", "benchmarks.kernel_report", *arguments]
     # A second process may hold the compiler; nothing runs on a chip here.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {row["kernel"]: row for row in json.loads(done.stdout.splitlines()[-1])}
+    return {row["kernel"]: row for row in json.loads(done.stdout.splitlines()[-1])}
+
+
+@needs_compiler
+def test_a_call_cut_over_four_chips_compiles():
+    """Each device gets a quarter: half of the queries, half of the heads."""
+    found = report("--tokens", "4096", "--entries", "8", "--mesh")
+    assert set(found) == {"flash_forward", "flash_query_gradient", "flash_key_gradient"}
+    assert found["flash_forward"]["HBM out"] == 2048 * 16 * (128 * 2 + 4)  # out in bfloat16, lse in float32
+
+
+@needs_compiler
+def test_128k_tokens_compile_for_a_tpu():
+    """Lists per query head, forward and backward, of 128K tokens and 32 heads: 2 MiB of indices, twice the scalar memory."""
+    found = report("--lists", "query heads", "--entries", "16")
     assert set(found) == {"flash_forward", "flash_query_gradient", "flash_key_gradient"}
     for row in found.values():
         assert 0 < row["VMEM"] < 48 * 2**20
