@@ -62,13 +62,9 @@ def _plan(s: Shape, opt, rows: dict, table: dict) -> Plan:
 
 
 def _columns(d: int):
-    """(channels to address, which of them exist)."""
+    """(channels to address, which of them exist, None for all)."""
     c = jnp.arange(_power(d))
-    return (c, None) if d == _power(d) else (jnp.minimum(c, d - 1), c < d)
-
-
-def _both(a, b):
-    return a if b is None else a & b
+    return c, None if d == _power(d) else c < d
 
 
 class _Program:
@@ -84,7 +80,8 @@ class _Program:
         self.head = jnp.where(self.real, hb * p.pack + head, 0)
         self.first_head = hb * p.pack
         self.kv_head = lax.div(self.first_head, s.r)
-        self.n = self.row * s.tile + self.query
+        # Rows that fill up lie past the end: no store of theirs, masked as it is, shares a place with a real one.
+        self.n = jnp.where(self.real, self.row * s.tile + self.query, s.n + ids)
 
     def at(self, ref, x: int = 1):
         """(batch row, head) of an array [1|b, 1|G|H, ...] for this program."""
