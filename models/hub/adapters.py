@@ -20,11 +20,11 @@ from models.hub.rules import Piece, expand
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
-INERT = ("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version",
+INERT = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
          "runtime_config", "task_type", "megatron_core", "loftq_config", "eva_config", "corda_config",
          "qalora_group_size")  # fmt: skip
 # What changes the result where it is set; none of it is done here.
-UNSET = ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layers_to_transform",
+UNSET = ("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layers_to_transform",
          "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "layer_replication", "trainable_token_indices",
          "exclude_modules", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens", "arrow_config",
          "lora_ga_config", "use_bdlora")  # fmt: skip
@@ -89,8 +89,10 @@ def load_adapter(bound: Bound, path: str | Path, *, family: str | None = None) -
     for name in UNSET:
         if f(name, None):
             raise ValueError(f"{CONFIG}: {name} = {f.raw[name]!r} is not supported")
+    f.only("init_lora_weights", True, False, "gaussian")  # others change the base as well
     f.inert(*INERT)
     rank, alpha, dropout = f.size("r"), f("lora_alpha", 8), f("lora_dropout", 0.0)
+    alpha = alpha * rank**0.5 if f("use_rslora", False) else alpha  # arXiv:2312.03732
     f.inert("target_modules")  # the tensors say it
     f.close()
     if not (folder / WEIGHTS).is_file():

@@ -12,19 +12,20 @@ TEXT = {f.name: f for f in encoders.FAMILIES}
 VISION = {f.name: f for f in vision.FAMILIES}
 
 
-def _part(f: Fields, name: str, family: Family) -> Fields:
-    """A tower's fields; ``<name>_dict`` of old checkpoints wins."""
-    old = f(f"{name}_dict", None)
-    if old:
-        f.raw[name] = {**(f.raw.get(name) or {}), **old}
-    return f.part(name, family.defaults)
+def part_of(raw: dict, field: str) -> dict:
+    """The field of a config.json that describes one part; in a clip, ``<field>_dict`` of old checkpoints stands for it."""
+    old = raw.get(f"{field}_dict") if raw.get("model_type") == "clip" else None
+    return raw.get(field) or {} if old is None else old
 
 
 def _towers(f: Fields, names, kind: str, **text) -> tuple:
     towers = []
     for name, family, prefix in (("vision_config", VISION[f"{kind}_vision_model"], "vision_model."),
                                  ("text_config", TEXT[f"{kind}_text_model"], "text_model.")):  # fmt: skip
-        fields = _part(f, name, family)
+        if kind == "clip":
+            f.inert(f"{name}_dict")
+            f.raw[name] = part_of(f.raw, name)
+        fields = f.part(name, family.defaults)
         if prefix == "text_model.":
             fields.raw |= text
         towers.append(family.read(fields, [n.removeprefix(prefix) for n in names]))

@@ -88,7 +88,7 @@ def family_for(raw: dict, part: str | None = None) -> tuple[Family, Fields]:
     if part is not None or (parts and name not in FAMILIES):
         expect("part", part, f"one of {sorted(parts)} of a {name}" if parts else f"None for a {name}", part in parts)
         family, field, shared = parts[part]
-        fields = (raw.get(field) or {}) | (raw.get(f"{field}_dict") or {}) | {k: raw[k] for k in shared if k in raw}
+        fields = dual.part_of(raw, field) | {k: raw[k] for k in shared if k in raw}
         return family, Fields(fields, f"config.json: {field}", family.defaults)
     if name not in FAMILIES:
         raise ValueError(f"config.json: model_type: expected one of {sorted({*FAMILIES, *dual.PARTS})}, got {name!r}")
@@ -236,7 +236,8 @@ def _description(ours, config: dict | None, name: str | None) -> tuple[Family, d
         family = FAMILIES[OWNERS[type(ours)].family_of(ours)]
         expect("config", ours, f"features that a {family.name}, the nearest family, can describe", _says(family, None, ours))
     stale = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types", "architectures",
-             "text_config", "vision_config", "max_window_layers", "id2label", "label2id")  # fmt: skip
+             "text_config", "vision_config", "max_window_layers", "id2label", "label2id", "original_max_position_embeddings",
+             "rope_local_base_freq", "sliding_window_pattern")  # fmt: skip
     kept = {k: v for k, v in raw.items() if k not in stale} if raw.get("model_type") == family.name else {}
     return family, {**kept, **family.write(ours, family.name)}
 

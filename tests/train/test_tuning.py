@@ -146,10 +146,14 @@ def test_what_is_refused(run, checkpoint, source, tmp_path, capsys):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"\['adapter_model.bin'\]: pickled weights run code"):
         peft.load_adapter(base, folder)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    shutil.copy(out / "adapter" / "adapter_model.safetensors", folder)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    assert peft.load_adapter(base, folder)[1].scale == 4.0  # 8 / sqrt(4)
     wrong = {"use_dora = True is not supported": dict(use_dora=True), "bias = 'all'": dict(bias="all"),
-             "peft_type = 'IA3'": dict(peft_type="IA3"), "not supported: magic = 1": dict(magic=1)}  # fmt: skip
+             "init_lora_weights = 'pissa'": dict(init_lora_weights="pissa"), "peft_type = 'IA3'": dict(peft_type="IA3"),
+             "not supported: magic = 1": dict(magic=1)}  # fmt: skip
     for message, fields in wrong.items():
-        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
         with pytest.raises(ValueError, match=message):
             peft.load_adapter(base, folder)

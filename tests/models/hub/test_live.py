@@ -80,8 +80,7 @@ def test_transformers_loads_other_families(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50, (2, 11))
     for name, c in (("gemma3_text", gemma), ("phi3", phi)):
         ours = models.build(c, seed=3)
-        models.save_pretrained(ours, tmp_path / name)
-        assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == name
+        models.save_pretrained(ours, tmp_path / name, dict(model_type=name, pad_token_id=0, eos_token_id=1, bos_token_id=2))
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(report.values()), report
         with torch.no_grad():
@@ -102,7 +101,7 @@ def test_transformers_loads_other_families(tmp_path):
     text = encoder.EncoderConfig(50, 2, BlockConfig(32, 4, 4, 8, 48, causal=True, **block), 16, pool="eos", eos=7, out=20)
     image = vit.config(12, 4, 2, 24, 2, stem_bias=False, pre_norm=True, special_positions=1)
     ours = models.build(dual.DualConfig(image, text, out=20), seed=1)
-    models.save_pretrained(ours, tmp_path / "clip")
+    models.save_pretrained(ours, tmp_path / "clip", dict(model_type="clip"))
     theirs, report = transformers.AutoModel.from_pretrained(tmp_path / "clip", output_loading_info=True)
     assert not any(report.values()), report
     tokens[:, -1] = 7
