@@ -25,14 +25,14 @@ both = pytest.mark.parametrize("name", BODIES)
 
 @both
 def test_weights_of_units_too_small_for_a_kernel_with_live_ranges(rng, name):
-    o, opt = call(rng, n=12, h=4, g=2, b=2, hs=2, tile=6, unit=3, k=3, bounds=True, mask=masks.causal(), padded=1)
+    o, opt = call(rng, n=12, h=2, g=2, hs=2, tile=6, unit=3, k=3, bounds=True, mask=masks.causal(), padded=1)
     o["log_weight"] = jnp.asarray(rng.normal(size=o["index"].shape), jnp.float32)
     compare(BODIES[name], o, opt, 1e-5)
 
 
 @both
 def test_a_table_of_biases(rng, name):
-    o, opt = call(rng, n=14, m=20, b=2, h=2, g=1, tile=8, unit=12, k=2, mask=masks.causal(), padded=2)
+    o, opt = call(rng, n=14, m=20, h=2, g=1, tile=8, unit=12, k=2, mask=masks.causal(), padded=2)
     compare(BODIES[name], o | {"bias": jnp.asarray(rng.normal(size=(1, 2, 14, 20)), jnp.float32)}, opt, 1e-5)
 
 
@@ -112,12 +112,16 @@ def test_lists_count_a_unit_once_and_ignore_what_is_outside(rng):
 
 def test_half_precision_on_gpu(rng):
     o, opt = call(rng, n=16, h=2, g=1, tile=8, unit=8, k=2, dtype=jnp.float16, mask=masks.causal())
-    compare(BODIES["gpu"], o, opt, 5e-3)
+    out, lse = jax.jit(lambda o: BODIES["gpu"](o, opt))(o)
+    want = op.flash(o, opt, "reference")
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(out, want[0], atol=5e-3)
+    np.testing.assert_allclose(lse, want[1], atol=5e-3)
 
 
-@both
-def test_sinks_gates_and_merging_have_the_dense_gradients(rng, name, monkeypatch):
+def test_sinks_gates_and_merging_have_the_dense_gradients(rng, monkeypatch):
     """Two halves of the keys, merged, with a sink and an output gate, against a softmax written out."""
+    name = "gpu"  # what is around the kernels is the same for both, and they have the same derivative
     monkeypatch.setitem(op.IMPLEMENTATIONS, name, BODIES[name])
     n, h, g, d = 16, 2, 1, 8
     array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
