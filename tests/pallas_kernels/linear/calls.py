@@ -74,13 +74,11 @@ def check(body, name):
 
 CALLS = {
     "1": dict(n=1, h=2, f=5, dv=3, decay="token"),
-    "17: keys and values of other heads": dict(n=17, b=2, h=6, k_heads=2, v_heads=3, f=8, dv=9, decay="shared tokens"),
-    "127: no decay, no state": dict(n=127, h=2, k_heads=1, f=12, dv=5, state=False, scale=0.25),
+    "17: no decay, keys and values of other heads": dict(n=17, b=2, h=6, k_heads=2, v_heads=3, f=8, dv=9, scale=0.25),
     "127: one decay per head": dict(n=127, b=2, h=2, k_heads=1, f=12, dv=130, decay="head"),
-    "129: resets": dict(n=129, h=2, k_heads=1, f=8, decay="token", reset=(3, 4, 90, 128)),
+    "129: resets": dict(n=129, b=2, h=2, k_heads=1, f=8, decay="shared tokens", reset=(3, 4, 90, 128)),
     "129: per channel, resets": dict(n=129, b=2, h=2, k_heads=1, f=20, dv=7, decay="shared channels", reset=(5, 77)),
     "129: bfloat16": dict(n=129, h=2, k_heads=1, f=20, decay="token", dtype=jnp.bfloat16),
-    "129: bfloat16 per channel": dict(n=129, h=2, k_heads=1, f=20, decay="channel", dtype=jnp.bfloat16),
-    "1000": dict(n=1000, h=2, k_heads=1, f=16, decay="token", chunk=128),
-    "1000: per channel": dict(n=1000, h=1, f=16, decay="channel", state=False),
+    "129: bfloat16 per channel": dict(n=129, h=1, f=20, decay="channel", dtype=jnp.bfloat16),
+    "1000: no state": dict(n=1000, h=2, k_heads=1, f=16, decay="token", chunk=128, state=False),
 }
