@@ -54,9 +54,17 @@ class Flat:
             plgpu.copy_gmem_to_smem(self[name].at[row + f, pl.ds(first, size)], into(f), ready)
 
 
-def spread(x, shape, axis: int):
+def settle(x, interpret, axis: int | None = None):
+    """A matrix, or a vector along ``axis`` of one, in registers as wgmma wants them: left to itself, the compiler searches
+    for layouts until it gives up on kernels of this size."""
+    if interpret:
+        return x
+    return plgpu.layout_cast(x, plgpu.Layout.WGMMA if axis is None else plgpu.Layout.WGMMA.reduce(1 - axis))
+
+
+def spread(x, shape, axis: int, interpret):
     """A vector along ``axis`` of ``shape``."""
-    return lax.broadcast_in_dim(x, shape, (axis,))
+    return lax.broadcast_in_dim(settle(x, interpret, axis), shape, (axis,))
 
 
 def products(terms, interpret, totals=(), then=lambda: None):
@@ -108,11 +116,11 @@ def copy_ahead(walk, streams):
 class Walk:
     """Which rows a program owns and the steps over their list: ``p.step`` units at a time, or a unit in parts."""
 
-    def __init__(self, p: Plan, r: Flat, groups: int, part: int):
+    def __init__(self, p: Plan, r: Flat, groups: int, part: int, interpret):
         cut = p.rows // (groups * ROWS)
         i, self.h, self.b = (lax.axis_index(x) for x in ("x", "heads", "batch"))
         self.tile, self.first = lax.div(i, cut), lax.rem(i, cut) * (groups * ROWS)
-        self.p, self.r, self.part, self.parts = p, r, part, p.unit_rows // part
+        self.p, self.r, self.part, self.parts, self.interpret = p, r, part, p.unit_rows // part, interpret
         self.lists, self.row = r["lists"], r.start("lists", self.b, self.h, self.tile)
         self.steps = lax.div(self.lists[self.row, 0] + (p.step - 1), p.step) * self.parts
 
@@ -165,9 +173,10 @@ class Walk:
             if self.p.bounded:
                 ranges = [inside(*live, valid.shape, 0) for *_, live in self.entries(j)]
                 valid = valid * sum(ranges[1:], ranges[0])
-            valid = spread(valid, shape, 1)
-        row_int = {x: spread(own[f], shape, 0) for f, x in enumerate(self.p.query_fields)}
-        return valid, row_int, {x: spread(facts[1 + f], shape, 1) for f, x in enumerate(self.p.query_fields)}
+            valid = spread(valid, shape, 1, self.interpret)
+        row_int = {x: spread(own[f], shape, 0, self.interpret) for f, x in enumerate(self.p.query_fields)}
+        key_int = {x: spread(facts[1 + f], shape, 1, self.interpret) for f, x in enumerate(self.p.query_fields)}
+        return valid, row_int, key_int
 
     def copy(self, streams):
         def walk(body):
@@ -180,7 +189,7 @@ class Walk:
 def forward(p: Plan, opt, groups, part, interpret, shapes, *refs, q, k, v, out, lse, own, facts, own_in, k_in, v_in, k_free,
             v_free, turn=None):  # fmt: skip
     r = Flat(p, shapes, refs)
-    walk, wg, shape = Walk(p, r, groups, part), lax.axis_index("wg"), (ROWS, k.shape[1])
+    walk, wg, shape = Walk(p, r, groups, part, interpret), lax.axis_index("wg"), (ROWS, k.shape[1])
     # Scores stay as the tensor cores leave them where a factor does: one multiply-add before the power of two.
     plain = opt.score_mod is None and opt.scale > 0
     factor = LOG2E * opt.scale if plain else LOG2E
@@ -212,10 +221,10 @@ def forward(p: Plan, opt, groups, part, interpret, shapes, *refs, q, k, v, out, 
                 s = kept(s, ok, valid, -jnp.inf)
                 new = jnp.maximum(top, s.max(1) * factor)
                 safe = jnp.where(new > -jnp.inf, new, 0.0)
-                e = jnp.exp2(s * factor - spread(safe, shape, 0))
+                e = jnp.exp2(s * factor - spread(safe, shape, 0, interpret))
                 shrink = jnp.exp2(top - safe)
                 top, mass = new, mass * shrink + e.sum(1)
-                total = total * spread(shrink, total.shape, 0)
+                total = total * spread(shrink, total.shape, 0, interpret)
             e = e.astype(v.dtype)
             swap()
             plgpu.barrier_wait(v_in.at[slot])
@@ -223,16 +232,16 @@ def forward(p: Plan, opt, groups, part, interpret, shapes, *refs, q, k, v, out, 
             plgpu.barrier_arrive(v_free.at[slot])
             return top, mass, total
 
-        init = jnp.full((ROWS,), -jnp.inf, jnp.float32), jnp.zeros((ROWS,), jnp.float32)
+        init = [settle(jnp.full((ROWS,), x, jnp.float32), interpret, 0) for x in (-jnp.inf, 0.0)]
         pl.when(wg == 1)(swap)
-        top, mass, total = walk.fold(step, (*init, jnp.zeros((ROWS, v.shape[2]), jnp.float32)))
+        top, mass, total = walk.fold(step, (*init, settle(jnp.zeros((ROWS, v.shape[2]), jnp.float32), interpret)))
         pl.when(wg == 0)(swap)
         if opt.normalizer == "none":
             lse[wg] = jnp.zeros((ROWS,), jnp.float32)
         else:
             seen = mass != 0
             safe = jnp.where(seen, mass, 1.0)
-            total = total * spread(1.0 / safe, total.shape, 0)
+            total = total * spread(1.0 / safe, total.shape, 0, interpret)
             lse[wg] = jnp.where(seen, jnp.where(seen, top, 0.0) / LOG2E + jnp.log(safe), -jnp.inf)
         out[wg] = total.astype(out.dtype)
         plgpu.commit_smem()
@@ -252,7 +261,7 @@ def forward(p: Plan, opt, groups, part, interpret, shapes, *refs, q, k, v, out, 
 def query_gradient(p: Plan, opt, groups, part, interpret, shapes, *refs, q, do, k, v, sums, own, facts, own_in, k_in, v_in,
                    k_free, v_free):  # fmt: skip
     r = Flat(p, shapes, refs)
-    walk, wg, shape = Walk(p, r, groups, part), lax.axis_index("wg"), (ROWS, k.shape[1])
+    walk, wg, shape = Walk(p, r, groups, part, interpret), lax.axis_index("wg"), (ROWS, k.shape[1])
 
     @pl.when(wg < groups)
     def _():
@@ -270,13 +279,13 @@ def query_gradient(p: Plan, opt, groups, part, interpret, shapes, *refs, q, do, 
             plgpu.barrier_arrive(v_free.at[slot])
             valid, *sides = walk.sides(full, facts.at[slot], own.at[wg], j, shape)
             ok = visible(opt, shape, valid, *sides)
-            lse, delta = (spread(x, shape, 0) for x in sums_here)
+            lse, delta = (spread(x, shape, 0, interpret) for x in sums_here)
             _, ds, _, _ = pair_gradient(p, opt, s, dp, ok, lse, delta, sides, {}, {})
             (total,) = products([(ds.astype(k.dtype), k.at[slot], NN)], interpret, [total])
             plgpu.barrier_arrive(k_free.at[slot])
             return total
 
-        dq = walk.fold(step, jnp.zeros((ROWS, k.shape[2]), jnp.float32))
+        dq = walk.fold(step, settle(jnp.zeros((ROWS, k.shape[2]), jnp.float32), interpret))
         q[wg] = dq.astype(q.dtype)  # over the group's rows of q, done with by now
         plgpu.commit_smem()
         start = r.start("dq", walk.b, walk.h, walk.tile) + walk.first + wg * ROWS
@@ -348,11 +357,11 @@ def key_gradient(p: Plan, opt, groups, part, interpret, shapes, *refs, k, v, q, 
                 valid = mine_valid
                 if p.bounded:
                     valid = valid * inside(*(listed(h, e, x) - mine for x in (1, 2)), valid.shape, 0)
-                valid = spread(valid, shape, 0)
-            row_int = {x: spread(facts[slot, f], shape, 1) for f, x in enumerate(p.query_fields)}
-            key_int = {x: spread(own[wg, 1 + f], shape, 0) for f, x in enumerate(p.query_fields)}
+                valid = spread(valid, shape, 0, interpret)
+            row_int = {x: spread(facts[slot, f], shape, 1, interpret) for f, x in enumerate(p.query_fields)}
+            key_int = {x: spread(own[wg, 1 + f], shape, 0, interpret) for f, x in enumerate(p.query_fields)}
             ok = visible(opt, shape, valid, row_int, key_int)
-            lse, delta = (spread(sums[slot, x], shape, 1) for x in (0, 1))
+            lse, delta = (spread(sums[slot, x], shape, 1, interpret) for x in (0, 1))
             prob, ds, _, _ = pair_gradient(p, opt, s, dp, ok, lse, delta, (row_int, key_int), {}, {})
             terms = [(ds.astype(q.dtype), q.at[slot], NN), (prob.astype(do.dtype), do.at[slot], NN)]
             found = products(terms, interpret, carry)
@@ -360,7 +369,7 @@ def key_gradient(p: Plan, opt, groups, part, interpret, shapes, *refs, k, v, q, 
             plgpu.barrier_arrive(do_free.at[slot])
             return found
 
-        init = [jnp.zeros((ROWS, x.shape[2]), jnp.float32) for x in (k, v)]
+        init = [settle(jnp.zeros((ROWS, x.shape[2]), jnp.float32), interpret) for x in (k, v)]
         _, found = over_blocks(body, init)
         for name, held, x in zip(("dk", "dv"), (k, v), found, strict=True):
             held[wg] = x.astype(held.dtype)
