@@ -32,7 +32,7 @@ def case(sizes: Sizes, sharding, implementation: str) -> tuple[dict, dict, dict]
     }
 
     def program(name: str | None, unit: int, queries: int | None):
-        options = op.Options(scale=d**-0.5, unit=unit)
+        options = op.Options(scale=d**-0.5, unit=unit, distinct=True)
 
         def run(floats, ints):
             heads_last = {x: jnp.swapaxes(floats[x], 1, 2) for x in ("k", "v")}

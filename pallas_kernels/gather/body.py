@@ -48,7 +48,8 @@ def _rows(o: dict, opt, s: Shape, body: Body, add) -> dict:
     rows = {"q": lists.arrange(o["q"], s), "add": add, "turn": lists.turns(o, s)}
     if not s.full:
         rows |= {"index": lists.heads(o["index"], s), "count": jnp.clip(lists.heads(o["count"], s), 0, s.entries)}
-        rows["usable"] = lists.usable(o, s)
+        if o.get("k_valid") is not None:
+            rows["usable"] = lists.usable(o, s)
     if rows["turn"] is not None:
         rows["freqs"] = o["freqs"]
     return {name: x for name, x in rows.items() if x is not None}

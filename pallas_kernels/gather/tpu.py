@@ -47,7 +47,7 @@ def _plan(s: Shape, opt, rows: dict) -> Plan:
     tile = s.tile if s.tile == 1 else ceil_to(s.tile, 8)
     packed = _packed(rows["q"].dtype, s)
     if s.full:
-        s_unit, copies = 1, min(FULL_KEYS, ceil_to(s.m, LANES))
+        s_unit, copies = 1, min(FULL_KEYS, ceil_to(s.m, LANES))  # a block of the grid, read where it lies
     else:
         s_unit, base = s.unit, math.lcm(s.unit, LANES) // s.unit
         most = PACKED_KEYS if packed else KEYS

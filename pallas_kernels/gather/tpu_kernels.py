@@ -47,7 +47,7 @@ class Plan:
     @property
     def width(self) -> int:
         """Keys per loop step."""
-        return self.copies * self.s.unit
+        return self.copies if self.s.full else self.copies * self.s.unit
 
     @property
     def groups(self) -> int:

@@ -52,7 +52,7 @@ def _fetch(x, index, usable, s: Shape):
     what an invalid slot holds, NaN too, goes nowhere."""
     found = tiles._fetch(x[:, :, None], jnp.clip(index, 0, s.units - 1).reshape(*index.shape[:3], -1))
     found = found.reshape(*found.shape[:3], index.shape[3], -1, x.shape[-1])
-    return jnp.where(usable[..., None], found, 0)
+    return found if usable is None else jnp.where(usable[..., None], found, 0)
 
 
 def _put(total, index, grad, s: Shape):
@@ -91,7 +91,7 @@ def _padded(rows: dict, s: Shape, step: int) -> dict:
     out = dict(rows)
     if extra:
         out |= {"index": pad(rows["index"], extra, 0), "add": pad(rows["add"], extra * s.unit, -jnp.inf)}
-        out["usable"] = pad(rows["usable"], extra * s.unit, False)
+        out |= {"usable": pad(rows["usable"], extra * s.unit, False)} if "usable" in rows else {}
         out |= {"turn": pad(rows["turn"], extra * s.unit, 0.0)} if "turn" in rows else {}
     return out
 
@@ -104,7 +104,7 @@ def _over_steps(s: Shape, rows: dict, body, carry):
     def one(j, carry):
         cut = lambda x, size: lax.dynamic_slice_in_dim(x, j * size, size, x.ndim - 1)  # noqa: E731
         turn = cut(rows["turn"], step * s.unit) if "turn" in rows else None
-        listed = cut(rows["index"], step), cut(rows["usable"], step * s.unit)
+        listed = cut(rows["index"], step), cut(rows["usable"], step * s.unit) if "usable" in rows else None
         return body(j * step, listed, cut(rows["add"], step * s.unit), turn, carry)
 
     return one(0, carry) if limit == 1 else lax.fori_loop(0, number, one, carry)

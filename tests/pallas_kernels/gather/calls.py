@@ -73,7 +73,7 @@ def compare(body, o, opt, tol, gradients=True):
 
 
 CALLS = {
-    "every key, one query of 4 heads, ragged": dict(n=1, m=129, b=2, h=4, g=1, d=8, dv=5, sums="kv", key_bias=1),
+    "every key, one query of 4 heads, ragged": dict(n=1, m=129, b=2, h=4, g=1, d=8, dv=5, unit=16, sums="kv", key_bias=1),
     "every key, unrotated": dict(n=3, m=64, b=2, h=4, g=2, rope="half", valid=False, sums="heads"),
     "blocks of kv heads, live ranges, weights": dict(
         n=1, m=100, b=2, h=8, g=2, unit=8, hs=2, k=5, bounds=True, log_weight=True, sums="kv"
