@@ -56,8 +56,8 @@ def reach(opt, q: dict, k: dict, rows: int, units: int):
 
 
 def _forward(o: dict, opt):
-    q, k, weight = reference.by_list(o, opt)
-    (b, lists, _, n, _), units = q.shape, k.shape[2]
+    q, _, weight = reference.by_list(o, opt)
+    (b, lists, _, n, _), units = q.shape, o["k"].shape[1]
     kept = min(opt.k, units)
     chunk = min(units, max(CHUNK, 8 * kept))
     rows = min(n, max(1, SCORES // (b * q.shape[1] * q.shape[2] * chunk)))
@@ -65,7 +65,7 @@ def _forward(o: dict, opt):
     # One range of chunks for the whole batch: loops keep it as an array dimension.
     span = reach(opt, q_side, k_side, rows, chunk)
     span = jnp.stack([span[..., 0].min((0, 1)), span[..., 1].max((0, 1))], -1)
-    k, k_side = _padded(k, 2, chunk), jax.tree.map(lambda x: _padded(x, 2, chunk), k_side)
+    k, k_side = _padded(o["k"], 1, chunk), jax.tree.map(lambda x: _padded(x, 2, chunk), k_side)
     row_arrays = {"q": _tiles(q, 3, rows), "side": jax.tree.map(lambda x: _tiles(x, 2, rows), q_side), "span": span}
     if weight is not None:
         row_arrays["weight"] = _tiles(weight, 3, rows)
@@ -73,8 +73,9 @@ def _forward(o: dict, opt):
     def tile(x):
         def merge(j, carry):
             values, index = carry
-            take = lambda a: lax.dynamic_slice_in_dim(a, j * chunk, chunk, 2)  # noqa: E731
-            s = reference.scores(opt, x["q"], take(k), x.get("weight"))
+            take = lambda a, axis=2: lax.dynamic_slice_in_dim(a, j * chunk, chunk, axis)  # noqa: E731
+            keys = jnp.moveaxis(take(k, 1), 2, 1)  # heads before units in a chunk only: all keys need no copy
+            s = reference.scores(opt, x["q"], keys, x.get("weight"))
             seen = reference.eligible(opt, x["side"], jax.tree.map(take, k_side)) & (s == s)
             # What was kept comes first, so that equal scores keep their order.
             values, at = top_k(jnp.concatenate([values, jnp.where(seen, s, -jnp.inf)], -1), kept)

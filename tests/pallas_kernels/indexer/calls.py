@@ -44,7 +44,7 @@ CALLS = {
         n=9, units=127, k=20, unit=8, h=4, g=2, heads="sum", mask=masks.causal() & masks.same("seg"), labels=True
     ),
     "129: ReLU, weights, bfloat16": dict(
-        n=40, units=129, k=16, b=2, h=6, heads="sum", gate="relu", weight=True, mask=masks.causal(), dtype=jnp.bfloat16
+        n=10, units=129, k=16, b=2, h=6, heads="sum", gate="relu", weight=True, mask=masks.causal(), dtype=jnp.bfloat16
     ),
     "1000: the largest of a group": dict(n=3, units=1000, k=130, h=4, g=2, heads="max", weight=True, padded=40),
 }
