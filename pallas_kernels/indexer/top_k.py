@@ -1,8 +1,8 @@
 """Top-k of the last axis that is cut over a mesh along every other axis.
 
-XLA knows no way to cut ``lax.top_k`` and gathers the whole operand on every device, though rows do not depend on each
-other. Sorting does partition, but takes several times as long for a long row. Here the program says how it is cut; on one
-device nothing is left of it, and programs compiled ahead of time for other devices than the live ones gather as before.
+XLA on CPU knows no way to cut ``lax.top_k`` and gathers the whole operand on every device, though rows do not depend on
+each other (on TPU it cuts). Sorting does partition, but takes several times as long for a long row. Here the program says
+how it is cut; on one device, and in programs compiled for other devices than the live ones, it is ``lax.top_k``.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def _mapped(k: int):
 
     @jax.custom_batching.custom_vmap
     def f(x):
-        # Compilers without a device (of a topology) do not know programs that say how they are cut.
-        live = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        return lax.platform_dependent(x, default=lambda x: tuple(lax.top_k(x, k)), **{live: _cut(k, x.ndim)})
+        # A compiler without its device (ahead of time, for a topology) does not know programs that say how they are cut.
+        live = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+        cut = {} if live is None else {live: _cut(k, x.ndim)}
+        return lax.platform_dependent(x, default=lambda x: tuple(lax.top_k(x, k)), **cut)
 
     @f.def_vmap
     def rule(size, mapped, x):
