@@ -59,6 +59,12 @@ def reaches(dims, mesh=None) -> bool:
     return alone() or known and dims is not None
 
 
+def on_cpu() -> bool:
+    """Whether what is traced here will run on CPU, as far as the backend and the ambient mesh tell."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() == "cpu" and (device is None or device.device_kind == "cpu")
+
+
 def alone() -> bool:
     """One device, or inside a shard_map over every mesh axis: kernels do not partition by themselves."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -86,5 +86,22 @@ def spread(body: Callable, dims: Dims, *, mesh=None, axes: Mapping[str, tuple[st
     return call
 
 
+def varying(tree, like):
+    """``tree`` as values that differ between the devices over which any leaf of ``like`` does: inside a shard_map, what a
+    loop starts with must say so if what it carries on does."""
+
+    def of(x):
+        kind = jax.typeof(x)  # the attribute was called vma in other versions
+        return getattr(getattr(kind, "manual_axis_type", kind), "varying", getattr(kind, "vma", frozenset()))
+
+    axes = frozenset().union(*map(of, jax.tree.leaves(like)))
+
+    def cast(x):
+        missing = tuple(sorted(axes - of(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
 def _is_names(x) -> bool:
     return isinstance(x, tuple) and all(e is None or isinstance(e, str) for e in x)

@@ -17,6 +17,7 @@ from pallas_kernels.flash import Options, flash
 from pallas_kernels.profile import column_sums
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path, where a chip's own are not known
+FINE = 128  # of both, where a mask known at trace time then leaves a good deal less to compute
 
 
 def attend(q, k, v, *, where=None, mask=None, q_meta=None, k_meta=None, bias=None, scale=None, score_mod=None,
@@ -309,6 +310,10 @@ def dense_list(mask, q_meta: Meta, k_meta: Meta, n: int, m: int, tile: int = TIL
     may, _ = block_map(mask, q_meta, k_meta, tile, unit)
     if isinstance(may, np.ndarray):
         may = may.any((0, 1), keepdims=True)
+        if tile >= FINE and unit > FINE:
+            fine = block_map(mask, q_meta, k_meta, FINE, FINE)[0].any((0, 1), keepdims=True)
+            if fine.sum() * FINE * FINE < 0.8 * may.sum() * tile * unit:
+                may, tile, unit = fine, FINE, FINE
         count = may.sum(-1).astype(np.int32)
         cap = max(1, int(count.max()))
         index = np.argsort(~may, axis=-1, kind="stable")[..., :cap].astype(np.int32)

@@ -26,9 +26,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels import _mesh
+from pallas_kernels._dispatch import alone, choose, on_cpu
 from pallas_kernels._mesh import Dims
-from pallas_kernels.flash import lists, reference, xla
+from pallas_kernels.flash import cpu, lists, reference, xla
 
 
 def _tpu(operands: dict, options: Options):
@@ -43,10 +44,23 @@ def _gpu(operands: dict, options: Options):
     return gpu.flash(operands, options)
 
 
+def _xla(operands: dict, options: Options):
+    """On CPU, every device walks its heads one by one: alone, or where a mesh can cut the call over all of its devices.
+    Elsewhere heads stay an array axis, which XLA cuts as it likes."""
+    if on_cpu() and cpu.takes(operands, options):
+        if alone():
+            return cpu.flash(operands, options)
+        sizes, names = _mesh.free_axes(), dims(operands, options)
+        cut = {axis for axes in _mesh.cuts(operands, names, sizes).values() for axis in axes}
+        if sizes and all(n == 1 or axis in cut for axis, n in sizes.items()):
+            return _mesh.spread(cpu.flash, names)(operands, options)
+    return xla.flash(operands, options)
+
+
 # Bodies that a call without a name may use. The accelerator bodies compile for their targets and agree with the reference
 # in interpret mode; each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.flash, "xla": xla.flash, "tpu": _tpu, "gpu": _gpu}
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": _xla, "tpu": _tpu, "gpu": _gpu}
 
 
 @dataclasses.dataclass(frozen=True)

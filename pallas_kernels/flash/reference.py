@@ -18,6 +18,10 @@ def logits(o: dict, opt):
     def field(x):  # [b, N] or [b, G, N] -> [b, 1|H, N]
         return x[:, None] if x.ndim == 2 else jnp.repeat(x, h // g, axis=1)
 
+    broken = ~jnp.isfinite(k).all(-1)  # [b, m, g]: rows that see such a key get NaN, others nothing
+    if "v" in o:
+        broken |= ~jnp.isfinite(o["v"]).all(-1)
+    k = jnp.where(jnp.isfinite(k), k, 0)
     s = jnp.einsum("bngrd,bmgd->bgrnm", q.reshape(b, n, g, h // g, d), k, preferred_element_type=acc)
     s = s.reshape(b, h, n, m) * opt.scale
     qf = {name: field(x)[..., :, None] for name, x in o["q_fields"].items()}
@@ -33,6 +37,7 @@ def logits(o: dict, opt):
     seen, weight = listed(o, opt, n, m, h)
     if weight is not None:
         s = s + weight
+    s = jnp.where(heads(broken)[..., None, :], jnp.nan, s)
     seen = seen & field(o["k_valid"])[..., None, :]
     if opt.mask is not None:
         seen = seen & opt.mask.test(qf, kf)
@@ -53,10 +58,12 @@ def flash(o: dict, opt):
         top = jnp.where(jnp.isfinite(top), top, 0.0)
         p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - top), 0.0)
         mass = p.sum(-1, keepdims=True)
-        p = p / jnp.where(mass > 0, mass, 1.0)
-        lse = jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)) + top, -jnp.inf)
+        some = jnp.where(mass == 0, 1.0, mass)
+        p = p / some
+        lse = jnp.where(mass == 0, -jnp.inf, jnp.log(some) + top)
         lse = jnp.broadcast_to(jnp.moveaxis(lse[..., 0], 1, 2), (b, n, h))
-    out = jnp.einsum("bhnm,bmhe->bnhe", p, jnp.repeat(v, h // g, axis=2).astype(acc))
+    v_finite = jnp.where(jnp.isfinite(v), v, 0)
+    out = jnp.einsum("bhnm,bmhe->bnhe", p, jnp.repeat(v_finite, h // g, axis=2).astype(acc))
     return out.astype(v.dtype), lse
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _mesh
+
 # ------------------------------------------------------------------------------------------------------ arrangement
 
 
@@ -148,6 +150,10 @@ def _merge_units(x):
 
 def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
     """Products against key tiles that carry the r axis (per-query-head lists) or not."""
+    if a.shape[:2] == (1, 1) and b.shape[:3] == (1, 1, 1):  # of one head: XLA on CPU transposes operands with batch axes
+        over = ((1,), (1 if spec_shared.endswith("u") else 0,))
+        s = lax.dot_general(a.reshape(-1, a.shape[-1]), b[0, 0, 0], (over, ((), ())), preferred_element_type=acc)
+        return s.reshape(*a.shape[:-1], s.shape[-1])
     if b.shape[2] == 1:
         return jnp.einsum(spec_shared, a, b[:, :, 0], preferred_element_type=acc)
     return jnp.einsum(spec_per_row, a, b, preferred_element_type=acc)
@@ -155,7 +161,10 @@ def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
 
 def _logits(diff: dict, ints: dict, opt, acc):
     """Logits [b, g, r, t, c * u] of one query tile against ``c`` units, before masking."""
-    s = _dot(diff["q"], _merge_units(diff["k"]), "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc) * opt.scale
+    q, exact = diff["q"], diff["q"].dtype == acc  # half precision would round a scaled q
+    q = q * opt.scale if exact else q
+    s = _dot(q, _merge_units(diff["k"]), "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
+    s = s if exact else s * opt.scale
     if opt.score_mod is not None:
         row = {k: x[..., None] for k, x in diff["row"].items()}
         key = {k: _merge_units(x)[..., None, :] for k, x in diff["key"].items()}
@@ -167,7 +176,18 @@ def _logits(diff: dict, ints: dict, opt, acc):
         s = s + bias.reshape(*bias.shape[:4], -1).astype(acc)
     if "log_weight" in diff:
         s = s + jnp.repeat(diff["log_weight"], opt.unit, axis=-1)[..., None, :].astype(acc)
+    if "broken" in ints:
+        s = jnp.where(_merge_units(ints["broken"])[..., None, :], jnp.nan, s)
     return s
+
+
+def finite(diff: dict, v, ints: dict):
+    """The inputs with 0 in place of what is not finite in keys and values, and a note of the keys it stood in: rows that
+    see one get NaN, and to others it is nothing, where 0 x NaN would reach them too."""
+    k = diff["k"]
+    broken = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
+    k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
+    return diff | {"k": k}, v, ints | {"broken": broken}
 
 
 def _visible(ints: dict, opt):
@@ -215,7 +235,7 @@ def _step_inputs(i, j, rows, keys, per_query, q_ints, k_ints, lists, opt):
     }
     if "bounds" in lists:
         ints["bounds"] = chunk(take(lists["bounds"]), 3)
-    return diff, v, ints, index
+    return *finite(diff, v, ints), index
 
 
 def _loop(i, lists, opt, body, carry):
@@ -228,6 +248,39 @@ def _loop(i, lists, opt, body, carry):
 
 
 # --------------------------------------------------------------------------------------------------------- forward
+
+
+def nothing(shape, dv: int, acc):
+    """(largest logit, mass, weighted values) of rows [b, g, r, t] that have seen no key."""
+    return jnp.full(shape, -jnp.inf, acc), jnp.zeros(shape, acc), jnp.zeros((*shape, dv), acc)
+
+
+def accumulate(carry, s, ok, v, opt, acc):
+    """``nothing``'s triple after keys with logits ``s`` [b, g, r, t, k] and values ``v``. ``ok``: bool, which are visible,
+    or None for all; ``carry``: of the keys before, or None."""
+    add = lambda p: _dot(p.astype(v.dtype), v, "bgrtu,bgud->bgrtd", "bgrtu,bgrud->bgrtd", acc)  # noqa: E731
+    if opt.normalizer == "none":
+        top, mass, total = nothing(s.shape[:-1], 1, acc) if carry is None else carry
+        return top, mass, total + add(s if ok is None else jnp.where(ok, s, 0.0))
+    s = s if ok is None else jnp.where(ok, s, -jnp.inf)
+    new = s.max(-1) if carry is None else jnp.maximum(carry[0], s.max(-1))
+    safe = jnp.where(new > -jnp.inf, new, 0.0)
+    p = jnp.exp(s - safe[..., None])
+    if carry is None:
+        return new, p.sum(-1), add(p)
+    top, mass, total = carry
+    shrink = jnp.exp(top - safe)
+    return new, mass * shrink + p.sum(-1), total * shrink[..., None] + add(p)
+
+
+def finish(carry, opt):
+    """(out, lse) from ``nothing``'s triple."""
+    top, mass, total = carry
+    if opt.normalizer == "none":
+        return total, jnp.zeros_like(mass)
+    seen = mass != 0
+    safe = jnp.where(seen, mass, 1.0)
+    return total / safe[..., None], jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf)
 
 
 def _unarrange(x, b: int, n: int):
@@ -252,29 +305,11 @@ def _forward(o: dict, opt):
 
     def tile(i):
         def body(j, carry):
-            top, mass, total = carry
             diff, v, ints, _ = _step_inputs(i, j, *arranged, opt)
-            s, ok = _logits(diff, ints, opt, acc), _visible(ints, opt)
-            v = _merge_units(v)
-            if opt.normalizer == "none":
-                p = jnp.where(ok, s, 0.0)
-                return top, mass, total + _dot(p.astype(v.dtype), v, "bgrtu,bgud->bgrtd", "bgrtu,bgrud->bgrtd", acc)
-            s = jnp.where(ok, s, -jnp.inf)
-            new = jnp.maximum(top, s.max(-1))
-            safe = jnp.where(new > -jnp.inf, new, 0.0)
-            p = jnp.exp(s - safe[..., None])
-            shrink = jnp.exp(top - safe)
-            out = _dot(p.astype(v.dtype), v, "bgrtu,bgud->bgrtd", "bgrtu,bgrud->bgrtd", acc)
-            return new, mass * shrink + p.sum(-1), total * shrink[..., None] + out
+            return accumulate(carry, _logits(diff, ints, opt, acc), _visible(ints, opt), _merge_units(v), opt, acc)
 
-        init = (jnp.full(shape, -jnp.inf, acc), jnp.zeros(shape, acc), jnp.zeros((*shape, dv), acc))
-        top, mass, total = _loop(i, lists, opt, body, init)
-        if opt.normalizer == "none":
-            return total.astype(o["v"].dtype), jnp.zeros(shape, acc)
-        seen = mass > 0
-        safe = jnp.where(seen, mass, 1.0)
-        lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf)
-        return (total / safe[..., None]).astype(o["v"].dtype), lse
+        out, lse = finish(_loop(i, lists, opt, body, _mesh.varying(nothing(shape, dv, acc), o)), opt)
+        return out.astype(o["v"].dtype), lse
 
     out, lse = _over_tiles(tile, rows["q"].shape[3])
     return _unarrange(out, b, n), _unarrange(lse, b, n)
@@ -320,11 +355,11 @@ def pull_back(o: dict, opt, per_row: dict, found: dict, pair):
             added = jax.tree.map(lambda total, x: _put(total, index, x.astype(acc)), added, got)
             return d_rows, tables, d_keys | added, jax.tree.map(jnp.add, sums, more)
 
-        init = (row_zero, table_zero, totals, found)
+        init = _mesh.varying((row_zero, table_zero, totals, found), o)
         d_rows, d_tables, totals, sums = _loop(i, lists, opt, body, init)
         return totals, (d_rows, d_tables, sums)
 
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, acc), keys)
+    totals = _mesh.varying(jax.tree.map(lambda x: jnp.zeros(x.shape, acc), keys), o)
     n_tiles = rows["q"].shape[3]
     if n_tiles == 1:
         totals, by_tile = tile(0, totals)
@@ -345,19 +380,29 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
     # rows that see nothing have no visible key below, so a finite stand-in is enough
     per_row = {"do": spread(d_out), "delta": spread(delta), "lse": spread(jnp.where(jnp.isfinite(lse), lse, 0.0))}
 
-    def pair(row, s, ok, v, index):
-        do, vm = row["do"], _merge_units(v)
-        if opt.normalizer == "none":
-            p = jnp.where(ok, s, 0.0)
-        else:
-            p = jnp.exp(jnp.where(ok, s, -jnp.inf) - row["lse"][..., None])
-        dp = _dot(do, vm, "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
-        ds = jnp.where(ok, dp, 0.0) if opt.normalizer == "none" else p * (dp - row["delta"][..., None])
-        spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
-        dv = jnp.einsum(spec, p.astype(do.dtype), do, preferred_element_type=acc).reshape(v.shape)
-        return ds, dv, {}
+    def gradients(row, s, ok, v, index):
+        return *pair(row, s, ok, v, opt, acc), {}
 
-    return pull_back(o, opt, per_row, {}, pair)[0]
+    return pull_back(o, opt, per_row, {}, gradients)[0]
+
+
+def pair(row: dict, s, ok, v, opt, acc):
+    """(gradient of the logits ``s``, gradient of the values ``v`` [b, g, r, c, u, dv]) of one tile pair. ``row``: "do",
+    "lse" and "delta" of the query tile; ``ok``: bool, which are visible, or None for all."""
+    do, vm = row["do"], _merge_units(v)
+    see = lambda x, hidden: x if ok is None else jnp.where(ok, x, hidden)  # noqa: E731
+    dp = _dot(do, vm, "bgrtd,bgud->bgrtu", "bgrtd,bgrud->bgrtu", acc)
+    if opt.normalizer == "none":
+        p, ds = see(s, 0.0), see(dp, 0.0)
+    else:
+        p = jnp.exp(see(s, -jnp.inf) - row["lse"][..., None])
+        ds = p * (dp - row["delta"][..., None])
+    if do.shape[:2] == (1, 1) and v.shape[:3] == (1, 1, 1):
+        rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        over = (((0,), (0,)), ((), ()))  # the small side first: a first operand that is transposed is slow on CPU
+        return ds, lax.dot_general(rows(do), rows(p.astype(do.dtype)), over, preferred_element_type=acc).T.reshape(v.shape)
+    spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
+    return ds, jnp.einsum(spec, p.astype(do.dtype), do, preferred_element_type=acc).reshape(v.shape)
 
 
 def push_floats(floats: dict, ints: dict, opt, grads):

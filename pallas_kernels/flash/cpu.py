@@ -1,0 +1,357 @@
+"""The fast path on CPU cores: one step is one query tile of one head against its whole list.
+
+Scores of a step stay in a core's cache, keys are read where they lie ([B, M, G, D], no transposition), and a step whose
+listed units are all seen whole tests no mask. Heads are walked one after another, so this body is for a device that
+holds all it computes: alone, or inside a shard_map with a core per device. The mathematics of a tile pair is ``xla``'s.
+
+A device that owns several cores takes several heads per step instead, for XLA to share out among its threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._mesh import varying
+from pallas_kernels.flash import xla
+from pallas_kernels.flash.lists import full_entries
+
+KEYS, TABLE = 2048, 1 << 18  # keys and scores of one softmax; longer lists are merged group by group
+ROWS = 128  # query rows that heads of one kv head share a step up to
+SCORES = 1 << 20  # of a step on a device with several cores
+BACKWARD = 512  # keys of a list up to which the gradient, too, goes head by head; beyond, heads together measured faster
+
+# What a step must do about its mask.
+WHOLE, TESTED, REPAIRED = 0, 1, 2
+
+
+def takes(o: dict, opt) -> bool:
+    """Whether this body computes the call: everything but tables of queries by keys."""
+    return o.get("bias") is None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """``heads``: (kv heads, query heads of each) per step, neighbours all; ``units`` of the keys; ``group``: list entries of
+    one softmax."""
+
+    b: int
+    g: int
+    r: int
+    tiles: int
+    units: int
+    heads: tuple[int, int]
+    group: int
+    groups: int
+
+    @property
+    def steps(self) -> int:
+        return self.b * (self.g // self.heads[0]) * (self.r // self.heads[1]) * self.tiles
+
+
+def _plan(o: dict, opt) -> _Plan:
+    (b, _, h, _), (m, g) = o["q"].shape, o["k"].shape[1:3]
+    r, k = h // g, o["index"].shape[3]
+    groups = -(-k * opt.unit // min(KEYS, max(TABLE // opt.tile, opt.unit)))
+    group = -(-k // groups)
+    room = max(1, SCORES // (opt.tile * group * opt.unit)) if jax.device_count() == 1 else 1
+    shared = o["index"].shape[1] != h or r == 1
+    heads_r = r if shared and (r * opt.tile <= ROWS or r <= room) else 1
+    heads_g = 1
+    if heads_r == r:
+        heads_g = max(x for x in range(1, g + 1) if g % x == 0 and x <= max(room // r, 1))
+    return _Plan(b, g, r, o["index"].shape[2], -(-m // opt.unit), (heads_g, heads_r), group, -(-k // group))
+
+
+def _pad(x, axis: int, size: int):
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
+
+
+# ------------------------------------------------------------------------------------------------------- arrangement
+
+
+def _rows(p: _Plan, tile: int, x):
+    """[B, N, H, E] -> [B, tiles, tile, H, E]; an axis of size 1 would make XLA copy what its loops read."""
+    return _pad(x, 1, p.tiles * tile).reshape(p.b, p.tiles, tile, *x.shape[2:])
+
+
+def _units(p: _Plan, unit: int, x):
+    """[B, M, G, E] -> [B * units, unit, G, E]."""
+    return _pad(x, 1, p.units * unit).reshape(p.b * p.units, unit, p.g, x.shape[3])
+
+
+def _facts(o: dict, opt, p: _Plan):
+    """All but q, k and v, as ``xla`` arranges it: (rows, keys, per_query, q_ints, k_ints, lists)."""
+    bare = {x: o[x][..., :0] for x in "qkv"}
+    rows, keys, *rest = xla._arrange(o | bare, dataclasses.replace(opt, step=p.group))
+    return {"row": rows["row"]}, {x: a for x, a in keys.items() if x not in "kv"}, *rest
+
+
+def _kinds(o: dict, opt, p: _Plan):
+    """int32 [b, g, r, tiles, groups]: WHOLE where every entry of a group is seen whole, else TESTED, or REPAIRED where
+    keys or values are not finite: a hidden one must not reach the result as 0 x NaN."""
+    valid = o["k_valid"]
+    full = full_entries(o, opt, valid[:, None] if valid.ndim == 2 else valid)
+    if p.tiles * o["index"].shape[3] > p.units:
+        finite = jnp.isfinite(o["k"]).all() & jnp.isfinite(o["v"]).all()
+        tested = jnp.where(finite, TESTED, REPAIRED)
+    else:  # the steps read less than a look at everything would
+        tested = REPAIRED
+    if full is None:
+        full = jnp.zeros_like(o["index"], bool)
+    full = _pad(xla._units(full, p.g, p.r), 4, p.groups * p.group)
+    whole = full.reshape(*full.shape[:4], p.groups, p.group).all(-1)
+    return jnp.where(whole, WHOLE, tested).astype(jnp.int32)
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a step stands: batch row, first kv head, first query head of each, query tile."""
+
+    p: _Plan
+    b: jax.Array
+    g: jax.Array
+    r: jax.Array
+    i: jax.Array
+
+    def of(self, shape) -> tuple:
+        """Starts and sizes of a step's part of [1|B, 1|G, 1|r, ...]."""
+        starts = tuple(x if n > 1 else 0 for x, n in zip((self.b, self.g, self.r), shape, strict=False))
+        return starts, tuple(min(x, n) for x, n in zip((1, *self.p.heads), shape, strict=False))
+
+    def row(self, x):
+        """[1|B, 1|G, 1|r, tiles, ...] -> [1, ., ., ...] of this tile."""
+        (starts, sizes), rest = self.of(x.shape), x.shape[4:]
+        return lax.dynamic_slice(x, (*starts, self.i, *[0] * len(rest)), (*sizes, 1, *rest)).reshape(*sizes, *rest)
+
+    def add_row(self, total, x):
+        (starts, sizes), rest = self.of(total.shape), total.shape[4:]
+        at = (*starts, self.i, *[0] * len(rest))
+        old = lax.dynamic_slice(total, at, (*sizes, 1, *rest))
+        return lax.dynamic_update_slice(total, old + x.reshape(old.shape).astype(total.dtype), at)
+
+    def flat(self, shape, index):
+        """Entries of ``index`` [1, ., ., c] as rows of an array [1|B, 1|G, 1|r, units, ...] laid end to end."""
+        (b, g, r), sizes = self.of(shape)
+        along = lambda start, size: start + jnp.arange(size) if size > 1 else jnp.full(1, start)  # noqa: E731
+        head = (b * shape[1] + along(g, sizes[1])[:, None]) * shape[2] + along(r, sizes[2])
+        return (head * shape[3])[None, ..., None] + index
+
+    def unit(self, x, index):
+        """[1|B, 1|G, 1|r, units, ...] -> [1, ., ., c, ...]: the listed units."""
+        return x.reshape(-1, *x.shape[4:]).at[self.flat(x.shape, index)].get(mode="promise_in_bounds")
+
+    def add_unit(self, total, index, x):
+        flat = self.flat(total.shape, index)
+        x = jnp.broadcast_to(x, (*flat.shape, *total.shape[4:]))
+        return total.reshape(-1, *total.shape[4:]).at[flat].add(x.astype(total.dtype)).reshape(total.shape)
+
+    def query(self, x):
+        """[B, tiles, tile, H, E] -> [1, g, r, tile, E]."""
+        sizes = (1, 1, x.shape[2], math.prod(self.p.heads), x.shape[4])
+        part = lax.dynamic_slice(x, (self.b, self.i, 0, self.g * self.p.r + self.r, 0), sizes)
+        return jnp.moveaxis(part[:, 0], 1, 2).reshape(1, *self.p.heads, x.shape[2], x.shape[4])
+
+    def put_query(self, x, part):
+        part = jnp.moveaxis(part.reshape(1, 1, -1, *part.shape[3:]), 2, 3).astype(x.dtype)
+        return lax.dynamic_update_slice(x, part, (self.b, self.i, 0, self.g * self.p.r + self.r, 0))
+
+    def _keys(self, index):
+        unit = self.b * self.p.units + index
+        head = jnp.broadcast_to((self.g + jnp.arange(self.p.heads[0]))[None, :, None, None], (1, self.p.heads[0], 1, 1))
+        unit, head = jnp.broadcast_arrays(unit, head)
+        return jnp.stack([unit, head], -1)
+
+    def key(self, x, index):
+        """[B * units, unit, G, E] -> [1, g, 1|r, c, unit, E]."""
+        numbers = lax.GatherDimensionNumbers((4, 5), (0, 2), (0, 2))
+        sizes = (1, x.shape[1], 1, x.shape[3])
+        return lax.gather(x, self._keys(index), numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+    def add_key(self, total, index, x):
+        numbers = lax.ScatterDimensionNumbers((4, 5), (0, 2), (0, 2))
+        x, mode = x.astype(total.dtype), lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        return lax.scatter_add(total, self._keys(index), x, numbers, mode=mode)
+
+
+def _place(p: _Plan, number) -> _Place:
+    """Of step ``number``: tiles of one head follow each other, because they share keys."""
+    number, i = number // p.tiles, number % p.tiles
+    of_r, of_g = p.r // p.heads[1], p.g // p.heads[0]
+    number, r = number // of_r, number % of_r
+    return _Place(p, number // of_g, number % of_g * p.heads[0], r * p.heads[1], i)
+
+
+def _read(at: _Place, j, q, k, v, facts, opt):
+    """What group ``j`` of a step reads, as ``xla._step_inputs`` gives it, and the list's units."""
+    rows, keys, per_query, q_ints, k_ints, lists = facts
+    p = at.p
+    chunk = lambda x: lax.dynamic_slice_in_dim(x, j * p.group, p.group, 3)  # noqa: E731
+    index = chunk(at.row(lists["index"]))
+    real, index = index < p.units, jnp.minimum(index, p.units - 1)
+    live = real & (j * p.group + jnp.arange(p.group) < at.row(lists["count"])[..., None])
+    diff = {"q": q, "k": at.key(k, index), "row": jax.tree.map(at.row, rows["row"])}
+    diff |= jax.tree.map(lambda x: at.unit(x, index), keys)
+    if "log_weight" in per_query:
+        diff["log_weight"] = chunk(at.row(per_query["log_weight"]))
+    ints = {
+        "q": {x: at.row(a)[..., :, None] for x, a in q_ints.items()},
+        "k": {x: xla._merge_units(at.unit(a, index))[..., None, :] for x, a in k_ints["fields"].items()},
+        "valid": at.unit(k_ints["valid"], index),
+        "live": live,
+    }
+    if "bounds" in lists:
+        ints["bounds"] = chunk(at.row(lists["bounds"]))
+    return diff, at.key(v, index), ints, index
+
+
+def _by_kind(at: _Place, kinds, j, f, diff, v, ints, opt):
+    """``f(diff, v, ints, ok)`` with ``ok`` None where nothing needs a test."""
+    kind = lax.dynamic_index_in_dim(at.row(kinds), j, 3, keepdims=False).max()  # the most careful of the heads
+
+    def whole(diff, v, ints):
+        return f(diff, v, ints, None)
+
+    def tested(diff, v, ints):
+        return f(diff, v, ints, xla._visible(ints, opt))
+
+    def repaired(diff, v, ints):
+        return tested(*xla.finite(diff, v, ints))
+
+    return lax.switch(kind, (whole, tested, repaired), diff, v, ints)
+
+
+def _loop(at: _Place, lists, body, carry):
+    """Run ``body(j, carry)`` over the groups of a step, stopping at the largest count."""
+    if at.p.groups == 1:
+        return body(0, carry)
+    most = at.row(lists["count"]).max()
+    return lax.fori_loop(0, (most + at.p.group - 1) // at.p.group, body, carry)
+
+
+# ------------------------------------------------------------------------------------------------------------ forward
+
+
+def _forward(o: dict, opt):
+    p, (b, n, h, _), dv = _plan(o, opt), o["q"].shape, o["v"].shape[3]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    q, k, v = _rows(p, opt.tile, o["q"]), _units(p, opt.unit, o["k"]), _units(p, opt.unit, o["v"])
+    facts, kinds = _facts(o, opt, p), _kinds(o, opt, p)
+
+    def step(number, outputs):
+        at = _place(p, number)
+        query = at.query(q)
+
+        def body(j, carry):
+            diff, values, ints, _ = _read(at, j, query, k, v, facts, opt)
+
+            def add(diff, values, ints, ok):
+                return xla.accumulate(carry, xla._logits(diff, ints, opt, acc), ok, xla._merge_units(values), opt, acc)
+
+            return _by_kind(at, kinds, j, add, diff, values, ints, opt)
+
+        carry = None if p.groups == 1 else varying(xla.nothing((1, *p.heads, opt.tile), dv, acc), o)
+        out, lse = xla.finish(_loop(at, facts[-1], body, carry), opt)
+        return at.put_query(outputs[0], out), at.put_query(outputs[1], lse[..., None])
+
+    shape = (p.b, p.tiles, opt.tile, h)
+    init = varying((jnp.zeros((*shape, dv), o["v"].dtype), jnp.zeros((*shape, 1), acc)), o)
+    out, lse = lax.fori_loop(0, p.steps, step, init) if p.steps > 1 else step(0, init)
+    return out.reshape(b, -1, h, dv)[:, :n], lse.reshape(b, -1, h)[:, :n]
+
+
+# ----------------------------------------------------------------------------------------------------------- backward
+
+
+def _backward(o: dict, opt, out, lse, d_out, d_lse):
+    """(dq, dk, dv in the operands' layout, gradients of the facts as ``xla.push_floats`` takes them)."""
+    p, (b, n, h, d), (m, g) = _plan(o, opt), o["q"].shape, o["k"].shape[1:3]
+    acc = jnp.promote_types(o["q"].dtype, jnp.float32)
+    q, k, v = _rows(p, opt.tile, o["q"]), _units(p, opt.unit, o["k"]), _units(p, opt.unit, o["v"])
+    facts, kinds = _facts(o, opt, p), _kinds(o, opt, p)
+    rows, keys, per_query = facts[:3]
+    delta = jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - d_lse
+    lse = jnp.where(lse > -jnp.inf, lse, 0.0)  # of rows that see nothing, whose keys are all hidden below
+    cotangents = {"do": _rows(p, opt.tile, d_out)}
+    cotangents |= {x: _rows(p, opt.tile, a[..., None]) for x, a in (("delta", delta), ("lse", lse))}
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, acc))
+
+    def step(number, totals):
+        at = _place(p, number)
+        query = at.query(q)
+        row = {x: at.query(a) for x, a in cotangents.items()}
+        row |= {x: row[x][..., 0] for x in ("delta", "lse")}
+
+        def body(j, carry):
+            dq, d_rows, d_keys, d_tables, dk, dv = carry
+            diff, values, ints, index = _read(at, j, query, k, v, facts, opt)
+
+            def pair(diff, values, ints, ok):
+                s, pull = jax.vjp(lambda x: xla._logits(x, ints, opt, acc), diff)
+                ds, d_values = xla.pair(row, s, ok, values, opt, acc)
+                (grads,) = pull(ds.astype(s.dtype))
+                return grads, d_values
+
+            grads, d_values = _by_kind(at, kinds, j, pair, diff, values, ints, opt)
+            d_rows = jax.tree.map(at.add_row, d_rows, {"row": grads["row"]})
+            d_keys = {x: jax.tree.map(lambda t, e: at.add_unit(t, index, e), d_keys[x], grads[x]) for x in d_keys}
+            if "log_weight" in d_tables:
+                d_tables = {"log_weight": _add_entries(at, d_tables["log_weight"], j, grads["log_weight"])}
+            dk, dv = at.add_key(dk, index, grads["k"]), at.add_key(dv, index, d_values)
+            return dq + grads["q"].astype(acc), d_rows, d_keys, d_tables, dk, dv
+
+        dq, *rest = _loop(at, facts[-1], body, (varying(jnp.zeros(query.shape, acc), o), *totals[1:]))
+        return at.put_query(totals[0], dq), *rest
+
+    init = varying((jnp.zeros_like(q), zeros(rows), zeros(keys), zeros(per_query), *zeros((k, v))), o)
+    dq, d_rows, d_keys, d_tables, dk, dv = lax.fori_loop(0, p.steps, step, init) if p.steps > 1 else step(0, init)
+    dq = dq.reshape(b, -1, h, d)[:, :n]
+    dk, dv = (x.reshape(b, -1, g, x.shape[3])[:, :m] for x in (dk, dv))
+    return (dq, dk, dv), (d_rows, d_keys, d_tables)
+
+
+def _add_entries(at: _Place, total, j, x):
+    """Add to group ``j`` of a step's entries in a table [1|B, 1|G, 1|r, tiles, K]."""
+    whole = jnp.zeros((*x.shape[:3], total.shape[4]), total.dtype)
+    return at.add_row(total, lax.dynamic_update_slice_in_dim(whole, x.astype(total.dtype), j * at.p.group, 3))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _flash(floats: dict, ints: dict, opt):
+    return _forward(floats | ints, opt)
+
+
+def _fwd(floats, ints, opt):
+    out, lse = _forward(floats | ints, opt)
+    return (out, lse), (floats, ints, out, lse)
+
+
+def _bwd(opt, saved, cotangents):
+    floats, ints, out, lse = saved
+    o = floats | ints
+    if o["index"].shape[3] * opt.unit > BACKWARD:
+        return xla.push_floats(floats, ints, opt, xla._backward(o, opt, out, lse, *cotangents)), None
+    found, (rows, keys, tables) = _backward(o, opt, out, lse, *cotangents)
+    bare = {x: floats[x][..., :0] for x in "qkv"}
+    arrange = dataclasses.replace(opt, step=_plan(o, opt).group)
+    shapes = jax.eval_shape(lambda f: xla._arrange(f | ints, arrange)[:2], floats | bare)
+    q, k, v = (jnp.zeros(side[x].shape, side[x].dtype) for x, side in zip("qkv", shapes[:1] + shapes[1:] * 2, strict=True))
+    grads = xla.push_floats(floats | bare, ints, arrange, (rows | {"q": q}, keys | {"k": k, "v": v}, tables))
+    return grads | {x: a.astype(floats[x].dtype) for x, a in zip("qkv", found, strict=True)}, None
+
+
+_flash.defvjp(_fwd, _bwd)
+
+
+def flash(o: dict, opt):
+    return _flash(*xla.divide(o), opt)
