@@ -54,17 +54,17 @@ def _summed(p: Plan, take, d):
     return total
 
 
-def _of_channels(p: Plan, d) -> Weights:
+def _of_channels(p: Plan, d, levels) -> Weights:
     t, u = index((p.chunk, 1), 0), index((1, p.chunk), 1)
 
     def fold(step, carry):
-        def one(i, carry):  # a loop of the kernel: unrolled, all masks would be held in registers
+        def one(i, carry):
             b = lax.shift_left(jnp.int32(1), i)
             second = (t & b) != 0  # from the middle of the pairs' block to t, or from s to there
             low, high = jnp.where(second, t & -b, t + 1), jnp.where(second, t, t | (b - 1))
             return step(b, jnp.exp(_summed(p, (u >= low) & (u <= high), d)), carry)
 
-        return lax.fori_loop(0, p.chunk.bit_length() - 1, one, carry)
+        return lax.fori_loop(0, levels, one, carry)
 
     enter, leave = jnp.exp(_summed(p, u <= t, d)), jnp.exp(_summed(p, u > t, d))
     return Weights(enter, leave, jnp.exp(jnp.sum(d, 0, keepdims=True)), fold=fold)
@@ -83,7 +83,7 @@ def _weights(p: Plan, r: dict, b, h, rows, f, later: int = 0) -> Weights:
         return Weights()
     b = b if r["d"].shape[0] > 1 else 0
     if p.decay == "channel":
-        return _of_channels(p, floored(r["d"][b, rows, h, f]))
+        return _of_channels(p, floored(r["d"][b, rows, h, f]), r["levels"][0])
     sums = [r["d"][b, h, i, rows] for i in (0, 1)]
     return of_tokens([x[None, :] for x in sums], [x[:, None] for x in sums], later)
 
@@ -247,8 +247,14 @@ def _call(p: Plan, kernel, tiles, x: dict, outs: dict, grid, name: str, interpre
     return dict(zip(outs, found, strict=True))
 
 
+def _with_levels(p: Plan, x: dict) -> dict:
+    """How often a chunk is halved, as an array: the compiler would unroll a loop whose length it knows, and then hold the
+    weights and masks of every turn in registers."""
+    return x | {"levels": jnp.full(1, p.chunk.bit_length() - 1, jnp.int32)} if p.decay == "channel" else x
+
+
 def _pick(x: dict, *names: str) -> dict:
-    return {name: x[name] for name in (*names, "d") if name in x}
+    return {name: x[name] for name in (*names, "d", "levels") if name in x}
 
 
 def _shape(dtype, *size):
@@ -282,6 +288,7 @@ def _states(p: Plan, x: dict, interpret):
 
 
 def _forward(p: Plan, x: dict, interpret):
+    x = _with_levels(p, x)
     f_tile, v_tile = _chunk_tiles(p)
     found = _states(p, x, interpret)
     if v_tile == WIDTH and p.dv_pad % COLUMNS == 0:
@@ -295,6 +302,7 @@ def _forward(p: Plan, x: dict, interpret):
 
 
 def _backward(p: Plan, x: dict, interpret):
+    x = _with_levels(p, x)
     states = {"states": _states(p, x, interpret)["states"]}
     outs = {"d_states": _all_states(p, x), "d_state": _shape(jnp.float32, p.b, p.h, p.dv_pad, p.f_pad)}
     tiles = _tiles(p)
