@@ -12,16 +12,20 @@
 Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H])``; rows that see nothing give 0 and -inf. With
 ``normalizer="none"`` the scores weigh the values directly and lse is 0. Gradients flow to every float operand and from
 both outputs. A unit that stands in a list twice counts once, where it stands first; indices outside the keys do not count.
+A NaN or infinity in a key or its value makes the rows that see it NaN and reaches no others; invalid keys may hold anything.
 
 Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
-float32 and bfloat16; without ``bias``, ``log_weight``, units under 8 keys, and operations in mask and score_mod that
-kernels do not lower).
+float32 and bfloat16, on GPU float16 too; heads up to 256, units and tiles up to 1024, bias with units of 8 keys or more,
+and the operations in mask and score_mod that kernels lower). Pairs of tiles whose keys are all valid and, by the intervals
+of the fields, surely all seen skip the mask. "hopper" (Mosaic GPU kernels for an H100 or H200): bfloat16 and float16, heads
+up to 128, without floats per row or key.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -44,6 +48,12 @@ def _gpu(operands: dict, options: Options):
     return gpu.flash(operands, options)
 
 
+def _hopper(operands: dict, options: Options):
+    from pallas_kernels.flash import hopper
+
+    return hopper.flash(operands, options)
+
+
 def _xla(operands: dict, options: Options):
     """On CPU, every device walks its heads one by one: alone, or where a mesh can cut the call over all of its devices.
     Elsewhere heads stay an array axis, which XLA cuts as it likes."""
@@ -60,7 +70,7 @@ def _xla(operands: dict, options: Options):
 # Bodies that a call without a name may use. The accelerator bodies compile for their targets and agree with the reference
 # in interpret mode; each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.flash, "xla": _xla, "tpu": _tpu, "gpu": _gpu}
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": _xla, "tpu": _tpu, "gpu": _gpu, "hopper": _hopper}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +116,7 @@ def flash(operands: dict, options: Options, implementation: str | None = None, m
     operands = lists.clean({x: a for x, a in operands.items() if a is not None}, options)
 
     def refusal(name: str) -> str | None:
-        from pallas_kernels.flash import layout
-
-        return layout.unsupported(operands, options)
+        return importlib.import_module(f"{__name__}.{name}").BODY.refusal(operands, options)
 
     names = functools.partial(dims, operands, options)
     return choose(IMPLEMENTATIONS, MEASURED, implementation, refusal, names, mesh)(operands, options)
