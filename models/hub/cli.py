@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import registry
+from models import lora
 from models.bind import Bound, as_record
 from models.generate import decode, prefill, stream
-from models.hub import images, load, multimodal
+from models.hub import adapters, images, load, multimodal
 from models.hub.text import Text, read_text
 from models.language.llm import LLMConfig
 from models.multimodal.vlm import VLMConfig
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image", help="a picture, for a vision-language model; several in the order of the prompt's image tokens "
                    "(where it has none, they come first)", action="append", default=[])  # fmt: skip
     p.add_argument("--steps", type=int, default=64, help="tokens at most (64)")
+    p.add_argument("--part", help="one part of a model that has several: text of a gemma3")
+    p.add_argument("--adapter", help="a directory of adapters in PEFT's layout, beside the checkpoint's weights")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights and the computation; default: as stored")
     many = dict(action="append", default=[])
     p.add_argument("--cache", help="a cache policy, name:arg=value,arg=value; this and the following may be repeated", **many)
@@ -190,7 +193,9 @@ def main(argv: list[str] | None = None, out=None) -> list[Run]:
         if args.steps < 1:
             raise ValueError(f"--steps: expected at least 1, got {args.steps}")
         text = read_text(args.path)
-        bound, raw = load.from_pretrained(args.path, dtype=args.dtype)
+        bound, raw = load.from_pretrained(args.path, dtype=args.dtype, part=args.part)
+        if args.adapter:
+            bound = bound._replace(params=lora.attach(bound.params, *adapters.load_adapter(bound, args.adapter)))
         config = bound.program.config
         if not isinstance(config, LLMConfig | VLMConfig):
             raise ValueError(f"path: expected a model that writes text, got a {raw['model_type']}")
@@ -199,7 +204,7 @@ def main(argv: list[str] | None = None, out=None) -> list[Run]:
         ways = {"without methods": {}, **methods}
         if len(methods) > 1 and (every := together(methods)):
             ways["all together"] = every
-        family = load.FAMILIES[raw["model_type"]].model
+        family = load.family_for(raw, args.part)[0].model
         models = {label: family.bind(config, bound.params, **{"cache": "full", **sockets}) for label, sockets in ways.items()}
         dtype = None if args.dtype is None else np.dtype(jnp.dtype(args.dtype))
         sizes = {label: cache_bytes(model, prompt, args.steps, dtype) for label, model in models.items()}

@@ -129,6 +129,8 @@ def test_a_checkpoint_without_its_processor(vision_model, tmp_path, capsys):
         (["--cache", "h3o"], "h3o"),
         (["--image", "x.png"], "--image: expected none for a llama"),
         (["--steps", "0"], "--steps: expected at least 1"),
+        (["--part", "text"], "part: expected None for a llama"),
+        (["--adapter", "nowhere"], "expected adapter_config.json in nowhere"),
         (["--tokens", "hiprune:keep=3"], "expected a vision-language model"),
     ],
 )
