@@ -13,10 +13,12 @@ import numpy as np
 from jaxattn.core.mask import block_map
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels import _tuned
+from pallas_kernels import gather as lists
 from pallas_kernels.flash import Options, flash
 from pallas_kernels.profile import column_sums
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path, where a chip's own are not known
+FEW, MANY = 16, 1024  # query rows that decode together, and listed keys from which on fetching them all at once pays
 FINE = 128  # of both, where a mask known at trace time then leaves a good deal less to compute
 
 
@@ -204,9 +206,33 @@ def hide(part: Part, seen: Array) -> Part:
 
 def attend_keys(call: Call, implementation: str | None = None) -> Part:
     """The Part of the own keys alone, before merging, sinks, gains and gates."""
-    operands, options = lower(call)
-    out, lse = flash(operands, options, implementation)
+    out, lse = attend_lowered(*lower(call, turned=True), call.where is not None, implementation)
     return Part(out, None if call.normalizer != "softmax" else lse)
+
+
+def attend_lowered(operands: dict, options: Options, listed: bool, implementation: str | None = None):
+    """(out, lse) of lowered operands: a list for each query, and a long one for few queries, go to ``gather``, the rest to
+    ``flash``."""
+    n, rows = operands["q"].shape[1], operands["index"].shape[2]
+    plain = options.score_mod is None and options.normalizer == "softmax" and "bias" not in operands
+    known = implementation is None or implementation in lists.IMPLEMENTATIONS
+    many = operands["index"].shape[3] * options.unit >= MANY
+    if "pos" in operands:
+        expect("where.pos", "score_mod, another normalizer or a table of biases", "a plain softmax beside it", plain)
+        operands = operands | {x: _by_query(operands[x], n, options.tile) for x in PER_LIST if x in operands}
+    elif not (listed and plain and known and (rows == n > 1 or rows == 1 and n <= FEW and many)):
+        return flash(operands, options, implementation)
+    static = lists.Options(options.mask, options.scale, options.unit, distinct=options.distinct, **operands.get("rope", {}))
+    operands = {x: a for x, a in operands.items() if x not in ("row", "key", "rope")}
+    return lists.gather(operands, static, implementation)[:2]
+
+
+PER_LIST = ("index", "count", "bounds", "log_weight", "pos")
+
+
+def _by_query(x, n: int, tile: int):
+    """A table [b, Hs, Nq, ...] of query tiles as one list for all of few queries, or one per query."""
+    return x if x.shape[2] == 1 and n <= FEW else jnp.repeat(x, tile, axis=2)[:, :, :n]
 
 
 def view_call(call: Call, view: View) -> Call:
@@ -245,8 +271,9 @@ def put_heads(x, heads, call: Call, fill):
     return full.reshape(*full.shape[:2], h, *full.shape[4:])
 
 
-def lower(call: Call) -> tuple[dict, Options]:
-    """A Call's own keys as the kernel's operands and static options."""
+def lower(call: Call, *, turned: bool = False) -> tuple[dict, Options]:
+    """A Call's own keys as the kernel's operands and static options. turned: for ``attend_lowered``, which alone moves keys
+    to the positions that a Selection gives them."""
     q, k, v = call.q, call.k, call.v
     n, m, h = q.shape[1], k.shape[1], q.shape[2]
     for name, a in call.key.items():
@@ -284,11 +311,25 @@ def lower(call: Call) -> tuple[dict, Options]:
         "k_fields": {x: jnp.asarray(_field(call.k_meta, x)) for x in names},
         "row": {x: jnp.broadcast_to(a, (a.shape[0], n, a.shape[2])) for x, a in call.row.items()}, "key": key,
     }  # fmt: skip
+    expect("where.pos", "positions", "none here: only attention itself turns keys", turned or where.pos is None)
+    operands |= _turns(call, where)
     step = max(1, min(where.index.shape[-1], 128 // where.unit))  # small units are read together
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     normalizer = "softmax" if call.normalizer == "softmax" else "none"
     options = Options(call.mask, call.score_mod, normalizer, scale, where.unit, where.tile, step, where.distinct)
     return {name: x for name, x in operands.items() if x is not None}, options
+
+
+def _turns(call: Call, where: Selection) -> dict:
+    """What moves the keys of retrieved units, which are rotated already, to the positions their selection gives them."""
+    if where.pos is None:
+        return {}
+    expect("where.pos", "no call.rope", "the layer's Rope, which says how keys turn", call.rope is not None)
+    held = call.k_meta.pos if call.k_meta.rope is None else call.k_meta.rope
+    one = call.rope.axes is None and held.ndim == call.k_meta.pos.ndim
+    expect("where.pos", "keys with several position axes", "a Rope over one position", one)
+    freqs = jnp.asarray(call.rope.frequencies())
+    return {"pos": where.pos, "k_rope": -jnp.asarray(held), "freqs": freqs, "rope": {"rope_layout": call.rope.layout}}
 
 
 def _field(meta: Meta, name: str):

@@ -16,11 +16,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.attend import attend_keys, lower, merge, put_heads, take_heads, view_call
+from jaxattn.core.attend import attend_keys, attend_lowered, lower, merge, put_heads, take_heads, view_call
 from jaxattn.core.mask import field_of
 from jaxattn.core.select import gather_meta, gather_tokens
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
-from pallas_kernels.flash import flash, reference
+from pallas_kernels.flash import reference
 from pallas_kernels.profile import column_sums as kernel_column_sums
 from pallas_kernels.profile import diagonals, mean_logits
 
@@ -41,9 +41,9 @@ class _Tempered:
         return self.inner(logits * self.temperature, q, k, row, key) / self.temperature
 
 
-def _lower(call: Call, temperature: float = 1.0):
+def _lower(call: Call, temperature: float = 1.0, **more):
     """Operands and options of the own keys, every term of the logits divided by ``temperature``."""
-    operands, options = lower(call)
+    operands, options = lower(call, **more)
     if temperature == 1.0:
         return operands, options
     for name in ("key_bias", "bias", "log_weight"):
@@ -106,7 +106,7 @@ def log_mass(call: Call, temperature: float = 1.0) -> Array:
     parts = []
     for sub, view in _parts(call):
         sub = sub.replace(v=jnp.zeros((*sub.v.shape[:3], 1), sub.v.dtype))
-        out, lse = flash(*_lower(sub, temperature))
+        out, lse = attend_lowered(*_lower(sub, temperature, turned=True), sub.where is not None)
         lse = _put(lse, call, view, -jnp.inf)
         if view is None and own is not None:
             lse = jnp.where(own, lse, -jnp.inf)
