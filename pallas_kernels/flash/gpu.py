@@ -22,7 +22,7 @@ from pallas_kernels.flash.pairs import NN, NT, at, dot, inside, kept, logits_of,
 
 # (query rows, keys) that a program holds at a time, by (heads wider than 128, float32): no register is spilled at these
 # sizes on Hopper, and bfloat16 products fill a warp group's tensor cores. float32 products run on the plain cores.
-FORWARD = {(0, 0): (128, 64), (1, 0): (64, 32), (0, 1): (32, 32), (1, 1): (32, 32)}
+FORWARD = {(0, 0): (128, 64), (1, 0): (64, 32), (0, 1): (32, 16), (1, 1): (32, 16)}
 QUERIES = {(0, 0): (64, 64), (1, 0): (64, 32), (0, 1): (32, 32), (1, 1): (32, 16)}
 KEYS = {(0, 0): (64, 64), (1, 0): (32, 64), (0, 1): (32, 32), (1, 1): (16, 32)}
 TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
@@ -55,6 +55,8 @@ def fit(p: Plan, rows: int, keys: int) -> tuple[int, int]:
 def tuned(p: Plan, kernel: str) -> dict[str, int]:
     """{rows, keys, warps, stages} of a kernel's programs."""
     rows, keys = TABLES[kernel][_kind(p)]
+    if p.tabled and kernel == "keys":  # a turned tile of the table takes registers too
+        rows = max(rows // 2, 16)
     default = {"rows": rows, "keys": keys, "warps": 8 if max(p.d_pad, p.dv_pad) > 128 or p.rows > 64 else 4, "stages": 2}
     dtype = jnp.float32 if p.float32 else jnp.bfloat16
     found = _tuned.sizes("flash", "gpu", f"{kernel} {_tuned.width(p.d_pad, p.dv_pad)}", dtype, default)
