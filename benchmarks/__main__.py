@@ -1,4 +1,6 @@
-"""python -m benchmarks {demo}: boards of what methods keep and cost; `python -m benchmarks demo --help` lists the flags.
+"""python -m benchmarks {demo,kernels,tune}: boards of what methods keep and cost, kernels beside their peers, sizes of
+kernels measured on this machine;
+`python -m benchmarks demo --help` lists the flags.
 
 Exit status: 0 when written, 1 for an error, 130 when ctrl-C (or SIGTERM) stopped it; the same command then continues.
 """
@@ -14,17 +16,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import tyro  # noqa: E402
 
+from benchmarks import kernels, tune  # noqa: E402
 from benchmarks.demo import Demo, run  # noqa: E402
 from train.loop import INTERRUPTED  # noqa: E402
 
-# The second, hidden member makes tyro ask for a board's name while there is only one.
-Board = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[None, tyro.conf.Suppress]
+Board = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[kernels.Kernels, tyro.conf.subcommand("kernels")]
+    | Annotated[tune.Tune, tyro.conf.subcommand("tune")]
+)
+RUN = {Demo: run, kernels.Kernels: kernels.run, tune.Tune: tune.run}
 
 
 def main(args: list[str] | None = None) -> int:
     board = tyro.cli(Board, prog="python -m benchmarks", args=args)
     try:
-        return run(board)
+        return RUN[type(board)](board)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -20,7 +20,7 @@ def require() -> None:
         raise ImportError("pictures need matplotlib: pip install 'jaxattn[plot]'") from error
 
 
-def _figure(width: float, height: float):
+def blank(width: float, height: float):
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def chart(results: Sequence[Result], path: Path) -> None:
     """Accuracy of each ranked kind of question over the visual tokens that are left, a line per method (PNG)."""
     full = next(r for r in results if r.entry.method == FULL)
     methods = list(dict.fromkeys(r.entry.method for r in results if r is not full))
-    figure = _figure(3 * len(RANKED), 3.3)
+    figure = blank(3 * len(RANKED), 3.3)
     panels = figure.subplots(1, len(RANKED), sharey=True)
     budgets = sorted({r.entry.budget for r in results})
     for panel, kind in zip(panels, RANKED, strict=True):
@@ -62,7 +62,7 @@ def overlays(results: Sequence[Result], budget: int, images: np.ndarray, grid: t
     images: [S, H, W]; grid: patches (rows, columns).
     """
     here = [r for r in results if r.entry.budget == budget and r.entry.method != FULL]
-    figure = _figure(1.55 * (len(here) + 1), 1.6 * len(images) + 0.35)
+    figure = blank(1.55 * (len(here) + 1), 1.6 * len(images) + 0.35)
     panels = figure.subplots(len(images), len(here) + 1, squeeze=False)
     for row, image in enumerate(images):
         grey = np.repeat(np.clip(image, 0, 1)[..., None], 3, -1)
