@@ -100,7 +100,8 @@ def _kinds(o: dict, opt, p: _Plan):
     valid = o["k_valid"]
     full = full_entries(o, opt, valid[:, None] if valid.ndim == 2 else valid)
     if p.tiles * o["index"].shape[3] > p.units:
-        finite = jnp.isfinite(o["k"]).all() & jnp.isfinite(o["v"]).all()
+        look = lambda: varying(jnp.isfinite(o["k"]).all() & jnp.isfinite(o["v"]).all(), o)  # noqa: E731
+        finite = look() if full is None else lax.cond(full.all(), lambda: varying(jnp.array(True), o), look)
         tested = jnp.where(finite, TESTED, REPAIRED)
     else:  # the steps read less than a look at everything would
         tested = REPAIRED
@@ -193,25 +194,28 @@ def _place(p: _Plan, number) -> _Place:
 
 
 def _read(at: _Place, j, q, k, v, facts, opt):
-    """What group ``j`` of a step reads, as ``xla._step_inputs`` gives it, and the list's units."""
+    """What group ``j`` of a step reads, as ``xla._step_inputs`` gives it, and the list's units; the integers as a function,
+    because most steps need none."""
     rows, keys, per_query, q_ints, k_ints, lists = facts
     p = at.p
     chunk = lambda x: lax.dynamic_slice_in_dim(x, j * p.group, p.group, 3)  # noqa: E731
     index = chunk(at.row(lists["index"]))
     real, index = index < p.units, jnp.minimum(index, p.units - 1)
-    live = real & (j * p.group + jnp.arange(p.group) < at.row(lists["count"])[..., None])
     diff = {"q": q, "k": at.key(k, index), "row": jax.tree.map(at.row, rows["row"])}
     diff |= jax.tree.map(lambda x: at.unit(x, index), keys)
     if "log_weight" in per_query:
         diff["log_weight"] = chunk(at.row(per_query["log_weight"]))
-    ints = {
-        "q": {x: at.row(a)[..., :, None] for x, a in q_ints.items()},
-        "k": {x: xla._merge_units(at.unit(a, index))[..., None, :] for x, a in k_ints["fields"].items()},
-        "valid": at.unit(k_ints["valid"], index),
-        "live": live,
-    }
-    if "bounds" in lists:
-        ints["bounds"] = chunk(at.row(lists["bounds"]))
+
+    def ints():
+        live = real & (j * p.group + jnp.arange(p.group) < at.row(lists["count"])[..., None])
+        found = {
+            "q": {x: at.row(a)[..., :, None] for x, a in q_ints.items()},
+            "k": {x: xla._merge_units(at.unit(a, index))[..., None, :] for x, a in k_ints["fields"].items()},
+            "valid": at.unit(k_ints["valid"], index),
+            "live": live,
+        }
+        return found | ({"bounds": chunk(at.row(lists["bounds"]))} if "bounds" in lists else {})
+
     return diff, at.key(v, index), ints, index
 
 
@@ -219,16 +223,18 @@ def _by_kind(at: _Place, kinds, j, f, diff, v, ints, opt):
     """``f(diff, v, ints, ok)`` with ``ok`` None where nothing needs a test."""
     kind = lax.dynamic_index_in_dim(at.row(kinds), j, 3, keepdims=False).max()  # the most careful of the heads
 
-    def whole(diff, v, ints):
-        return f(diff, v, ints, None)
+    def whole(diff, v):
+        return f(diff, v, {} if opt.score_mod is None else ints(), None)
 
-    def tested(diff, v, ints):
-        return f(diff, v, ints, xla._visible(ints, opt))
+    def tested(diff, v):
+        found = ints()
+        return f(diff, v, found, xla._visible(found, opt))
 
-    def repaired(diff, v, ints):
-        return tested(*xla.finite(diff, v, ints))
+    def repaired(diff, v):
+        diff, v, found = xla.finite(diff, v, ints())
+        return f(diff, v, found, xla._visible(found, opt))
 
-    return lax.switch(kind, (whole, tested, repaired), diff, v, ints)
+    return lax.switch(kind, (whole, tested, repaired), diff, v)
 
 
 def _loop(at: _Place, lists, body, carry):
