@@ -1,9 +1,10 @@
-"""Block-list attention on Hopper GPUs: three Mosaic GPU kernels (forward, queries' gradient, keys' gradient).
+"""Block-list attention on Hopper GPUs: Mosaic GPU kernels (forward, queries' gradient, keys' gradient of heads up to 64; the
+keys' gradient of wider heads is the Triton body's).
 
 For bfloat16 and float16 with heads up to 128 (padded to 64 or 128); units under 64 keys become live ranges of larger ones.
-Not for per-row and per-key floats: the Triton body takes those. The kernels have run in JAX's GPU interpreter, threads,
-barriers and copies included, and compile for an H200; none has run on a device yet. Known of the tool chain: ptxas 12.8 up
-to 12.9.0 miscompiles selections on the layout of wgmma (JAX refuses causal masks in its own kernel there).
+Not for per-row and per-key floats: the Triton body takes those. The kernels compile for an H200 and have not run on a device
+yet: a call without a name never gets them. Known of the tool chain: ptxas 12.8 up to 12.9.0 miscompiles selections on the
+layout of wgmma (JAX refuses causal masks in its own kernel there).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash import gpu, layout
 from pallas_kernels.flash import hopper_kernels as kernels
-from pallas_kernels.flash import layout
 from pallas_kernels.flash.body import Body, run
 from pallas_kernels.flash.hopper_kernels import ROWS, STAGES
 from pallas_kernels.flash.layout import Plan, ceil_to
@@ -114,6 +115,8 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
 
 
 def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
+    if max(p.d_pad, p.dv_pad) > ROWS:  # two sums of 128 columns: 72 bytes of registers would spill here
+        return gpu.BODY.key_gradient(p, opt, rows, keys, bool(interpret))
     chunks, offsets = layout.transpose_lists(p, rows["lists"])
     operands = {x: a for x, a in rows.items() if x != "lists"} | keys | {"chunks": chunks, "offsets": offsets}
     groups, part, fields, dtype = _groups(p.unit_rows), min(KEYS, p.rows), len(p.query_fields), keys["k"].dtype
