@@ -2,7 +2,8 @@
 keys' gradient of wider heads is the Triton body's).
 
 For bfloat16 and float16 with heads up to 128 (padded to 64 or 128); units under 64 keys become live ranges of larger ones.
-Not for per-row and per-key floats: the Triton body takes those. The kernels compile for an H200 and have not run on a device
+Not for per-row and per-key floats: the Triton body takes those. The kernels compile for an H200 and agree with the reference
+in JAX's GPU interpreter (warp groups, barriers and copies as threads; matrix products as XLA's), and have not run on a device
 yet: a call without a name never gets them. Known of the tool chain: ptxas 12.8 up to 12.9.0 miscompiles selections on the
 layout of wgmma (JAX refuses causal masks in its own kernel there).
 """
