@@ -84,7 +84,7 @@ def measure(options: Tune, one: kernel_cases.Tunable) -> Found:
             try:
                 program = jax.jit(lambda *args: one.program(*args)).lower(*one.args).compile()
                 jax.block_until_ready(program(*one.args))
-            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            except (RuntimeError, ValueError) as error:  # what compilers and lowering rules raise
                 if i == 0:
                     raise
                 rows.append((name(sizes), "", f"refused: {str(error).splitlines()[0][:60]}"))

@@ -69,11 +69,17 @@ def patch_scores(params: dict, vision: Array, text: Array, valid: Array, text_va
         square = jnp.square(x).sum(-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
-    alike = jnp.einsum("bnd,btd->bnt", unit("vision", vision, valid), unit("text", text, text_valid))
-    live = text_valid[:, None]
-    if over == "max":
-        return jnp.where(live, alike, -jnp.inf).max(-1)
-    return jnp.where(live, alike, 0).sum(-1) / jnp.maximum(live.sum(-1), 1)
+    v, t = unit("vision", vision, valid), unit("text", text, text_valid)
+    if over == "mean":  # of products with each word: the product with the words' mean
+        words = jnp.where(text_valid[..., None], t, 0).sum(1) / jnp.maximum(text_valid.sum(-1), 1)[:, None]
+        return jnp.einsum("bnd,bd->bn", v, words)
+
+    def word(most, one):
+        t, live = one
+        return jnp.where(live[:, None], jnp.maximum(most, jnp.einsum("bnd,bd->bn", v, t)), most), None
+
+    start = jnp.full(vision.shape[:2], -jnp.inf, v.dtype)
+    return jax.lax.scan(word, start, (jnp.moveaxis(t, 1, 0), text_valid.T))[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
