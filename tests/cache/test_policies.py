@@ -313,5 +313,5 @@ def test_a_step_does_not_copy_the_cache(name, x):
     one = (program, s.params, w, s.state, jnp.asarray(x[:, :1]), meta, {})
     used = f.lower(*one, kv_heads=KV, phase="decode").compile().memory_analysis().temp_size_in_bytes
     cache = sum(a.nbytes for a in jax.tree.leaves(s.state))
-    # The CPU arranges the slots of the layer at work anew: one layer's worth.
-    assert used < 0.05 * cache + cache / layers + w["q"].nbytes, (used, cache)
+    # The CPU arranges the slots of the layer at work anew, and clears a copy of what is not finite: two layers' worth.
+    assert used < 0.05 * cache + 2 * cache / layers + w["q"].nbytes, (used, cache)
