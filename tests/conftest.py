@@ -1,5 +1,6 @@
 """What tests share: the CPU with eight virtual devices, a compilation cache, golden vectors, a generator."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -42,3 +43,14 @@ def golden():
 def rng() -> np.random.Generator:
     """The same numbers for every test, whatever the order or the worker."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Programs of modules that are done are let go before they are too many: each holds several memory maps, of which Linux
+    allows a process 65,530 by default, and a compiler that gets no more of them crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 12_000:
+        jax.clear_caches()
+        gc.collect()
