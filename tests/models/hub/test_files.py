@@ -274,4 +274,5 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path):
                          capture_output=True, check=True)  # fmt: skip
     parameters, grown = map(int, run.stdout.split())
     assert parameters > 100e6
-    assert grown <= parameters + 2 * largest + 16e6, (grown, parameters, largest)
+    # Beside it: arenas of threads, programs. A second copy of the parameters would be 150 MB.
+    assert grown <= parameters + 2 * largest + 28e6, (grown, parameters, largest)
