@@ -73,4 +73,4 @@ def test_each_process_reads_and_holds_its_share(tmp_path):
         assert run.returncode == 0, error[-2000:]
         found = json.loads(out.splitlines()[-1])
         assert found["parameters"] > 100e6 and found["read"] == found["share"] < 0.51 * found["parameters"], found
-        assert found["grown"] <= found["share"] + 2 * largest + 16e6, (found, largest)
+        assert found["grown"] <= found["share"] + 2 * largest + 28e6, (found, largest)
