@@ -34,7 +34,8 @@ from pallas_kernels.linear.decays import (
 from pallas_kernels.linear.reference import floored
 
 TN = ((0,), (0,))
-# Tokens of a chunk, by float32: no register is spilled at these sizes on Hopper.
+# Tokens of a chunk, by float32. Compiled for Hopper no register is spilled without decay or with one per token at 128
+# channels; gradients with decays per channel still spill.
 CHUNKS = {False: (16, 32, 64), True: (16, 32)}
 WIDTH, FLOAT32_WIDTH = 64, 32  # features or value columns of a tile
 CHANNELS = 32  # features of a tile in kernels that weigh pairs per channel
