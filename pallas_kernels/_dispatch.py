@@ -11,6 +11,7 @@ device per core, say) calls ``_mesh.spread`` itself.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,6 +21,19 @@ from pallas_kernels import _mesh
 # The bodies written for a backend, best first.
 ACCELERATORS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu"), "cuda": ("hopper", "gpu")}
 CUT_BY_XLA = frozenset({"reference", "xla"})
+
+
+def kernels(operation: str, function: str, names: tuple[str, ...] = ("tpu", "gpu")) -> dict[str, Callable]:
+    """{name: ``function`` of the module ``operation.name``}, imported on the first call: loading Pallas takes longer than
+    most programs' imports."""
+
+    def late(name: str) -> Callable:
+        def body(*args):
+            return getattr(importlib.import_module(f"{operation}.{name}"), function)(*args)
+
+        return body
+
+    return {name: late(name) for name in names}
 
 
 def choose(

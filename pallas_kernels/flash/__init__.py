@@ -31,27 +31,9 @@ from typing import Any
 import jax
 
 from pallas_kernels import _mesh
-from pallas_kernels._dispatch import alone, choose, on_cpu
+from pallas_kernels._dispatch import alone, choose, kernels, on_cpu
 from pallas_kernels._mesh import Dims
 from pallas_kernels.flash import cpu, lists, reference, xla
-
-
-def _tpu(operands: dict, options: Options):
-    from pallas_kernels.flash import tpu  # on first use: loading Pallas takes longer than most programs' imports
-
-    return tpu.flash(operands, options)
-
-
-def _gpu(operands: dict, options: Options):
-    from pallas_kernels.flash import gpu
-
-    return gpu.flash(operands, options)
-
-
-def _hopper(operands: dict, options: Options):
-    from pallas_kernels.flash import hopper
-
-    return hopper.flash(operands, options)
 
 
 def _xla(operands: dict, options: Options):
@@ -70,7 +52,7 @@ def _xla(operands: dict, options: Options):
 # Bodies that a call without a name may use. The accelerator bodies compile for their targets and agree with the reference
 # in interpret mode; each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.flash, "xla": _xla, "tpu": _tpu, "gpu": _gpu, "hopper": _hopper}
+IMPLEMENTATIONS = {"reference": reference.flash, "xla": _xla} | kernels(__name__, "flash", ("tpu", "gpu", "hopper"))
 
 
 @dataclasses.dataclass(frozen=True)

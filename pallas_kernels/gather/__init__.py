@@ -36,28 +36,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels._dispatch import choose, kernels
 from pallas_kernels._mesh import Dims
 from pallas_kernels.flash import lists as units
 from pallas_kernels.gather import lists, reference, xla
 from pallas_kernels.gather.lists import received
 
-
-def _tpu(operands: dict, options: Options):
-    from pallas_kernels.gather import tpu  # on first use: loading Pallas takes longer than most programs' imports
-
-    return tpu.gather(operands, options)
-
-
-def _gpu(operands: dict, options: Options):
-    from pallas_kernels.gather import gpu
-
-    return gpu.gather(operands, options)
-
-
 # Bodies that a call without a name may use: each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.gather, "xla": xla.gather, "tpu": _tpu, "gpu": _gpu}
+IMPLEMENTATIONS = {"reference": reference.gather, "xla": xla.gather} | kernels(__name__, "gather")
 
 
 @dataclasses.dataclass(frozen=True)

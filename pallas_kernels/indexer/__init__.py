@@ -34,27 +34,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels._dispatch import choose, kernels
 from pallas_kernels._mesh import Dims
 from pallas_kernels.indexer import reference, xla
 from pallas_kernels.indexer.top_k import top_k
 
-
-def _tpu(operands: dict, options: Options):
-    from pallas_kernels.indexer import tpu  # on first use: loading Pallas takes longer than most programs' imports
-
-    return tpu.select(operands, options)
-
-
-def _gpu(operands: dict, options: Options):
-    from pallas_kernels.indexer import gpu
-
-    return gpu.select(operands, options)
-
-
 # Bodies that a call without a name may use; an accelerator's joins once it has been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.select, "xla": xla.select, "tpu": _tpu, "gpu": _gpu}
+IMPLEMENTATIONS = {"reference": reference.select, "xla": xla.select} | kernels(__name__, "select")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,26 +25,13 @@ import dataclasses
 import functools
 import importlib
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels._dispatch import choose, kernels
 from pallas_kernels.linear import reference, xla
-
-
-def _tpu(operands: dict, options: Options):
-    from pallas_kernels.linear import tpu  # on first use: loading Pallas takes longer than most programs' imports
-
-    return tpu.linear(operands, options)
-
-
-def _gpu(operands: dict, options: Options):
-    from pallas_kernels.linear import gpu
-
-    return gpu.linear(operands, options)
-
 
 # Bodies that a call without a name may use. The accelerator bodies compile for their targets and agree with the reference
 # in interpret mode; each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})
-IMPLEMENTATIONS = {"reference": reference.linear, "xla": xla.linear, "tpu": _tpu, "gpu": _gpu}
+IMPLEMENTATIONS = {"reference": reference.linear, "xla": xla.linear} | kernels(__name__, "linear")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._dispatch import choose
+from pallas_kernels._dispatch import choose, kernels
 from pallas_kernels._mesh import Dims
 from pallas_kernels.flash import dims as flash_dims
 from pallas_kernels.flash import lists
@@ -33,26 +33,8 @@ from pallas_kernels.flash.pairs import FAR
 from pallas_kernels.profile import reference, xla
 
 
-def _tpu(name: str):
-    def body(*args):
-        from pallas_kernels.profile import tpu  # on first use: loading Pallas takes longer than most programs' imports
-
-        return getattr(tpu, name)(*args)
-
-    return body
-
-
-def _gpu(name: str):
-    def body(*args):
-        from pallas_kernels.profile import gpu
-
-        return getattr(gpu, name)(*args)
-
-    return body
-
-
 def _bodies(name: str) -> dict:
-    return {"reference": getattr(reference, name), "xla": getattr(xla, name), "tpu": _tpu(name), "gpu": _gpu(name)}
+    return {"reference": getattr(reference, name), "xla": getattr(xla, name)} | kernels(__name__, name)
 
 
 # Bodies that a call without a name may use; an accelerator's joins once it has been measured on a device.
