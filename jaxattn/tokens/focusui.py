@@ -44,8 +44,8 @@ def _dense(p: dict, x: Array) -> Array:
     return x @ p["kernel"].astype(x.dtype) + p["bias"].astype(x.dtype)
 
 
-def enhance(p: dict, x: Array, valid: Array) -> Array:
-    """MLP(LN(x + MHA(x, x, x))) of rows x [B, N, D]; valid bool [B, N]. There is no residual around the MLP."""
+def _attended(p: dict, x: Array, valid: Array) -> Array:
+    """LN(x + MHA(x, x, x)) of rows x [B, N, D], at least float32."""
     b, n, d = x.shape
     q, k, v = (a.reshape(b, n, HEADS, d // HEADS) for a in jnp.split(_dense(p["qkv"], x), 3, axis=-1))
     meta = Meta.of(n, valid=valid)
@@ -53,8 +53,12 @@ def enhance(p: dict, x: Array, valid: Array) -> Array:
     x = (x + _dense(p["out"], mixed)).astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = x - x.mean(-1, keepdims=True)
     x = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-    x = x * p["norm"]["scale"] + p["norm"]["bias"]
-    return _dense(p["down"], jax.nn.gelu(_dense(p["up"], x), approximate=False))
+    return x * p["norm"]["scale"] + p["norm"]["bias"]
+
+
+def enhance(p: dict, x: Array, valid: Array) -> Array:
+    """MLP(LN(x + MHA(x, x, x))) of rows x [B, N, D]; valid bool [B, N]. There is no residual around the MLP."""
+    return _dense(p["down"], jax.nn.gelu(_dense(p["up"], _attended(p, x, valid)), approximate=False))
 
 
 def patch_scores(params: dict, vision: Array, text: Array, valid: Array, text_valid: Array, *, over: str = "mean") -> Array:
@@ -180,8 +184,7 @@ class _FocusUI:
     seed: int | None = operand("int", None)
 
     def check(self):
-        if self.ratio is not None and not hasattr(self.ratio, "shape"):
-            expect("ratio", self.ratio, "a share of dropped tokens in [0, 1]", 0 <= self.ratio <= 1)
+        expect("ratio", self.ratio, "a share of dropped tokens in [0, 1]", 0 <= self.ratio <= 1)
         expect("over", repr(self.over), "'mean' or 'max'", self.over in ("mean", "max"))
         if self.capacity is not None:
             check_budget(self.capacity)
@@ -245,13 +248,8 @@ def pointer_logits(params: dict, vision: Array, target: Array, valid: Array) -> 
 
     params: {"enhancer": an ``init_enhancer`` of which qkv, out and norm are used, "vision", "target": {kernel, bias}}.
     The softmax over valid tokens is trained against ``pointer_target``."""
-    p, (b, n, d) = params["enhancer"], vision.shape
-    q, k, v = (a.reshape(b, n, HEADS, d // HEADS) for a in jnp.split(_dense(p["qkv"], vision), 3, axis=-1))
-    meta = Meta.of(n, valid=valid)
-    x = vision + _dense(p["out"], attend(q, k, v, q_meta=meta, k_meta=meta).out.reshape(b, n, d))
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
-    s = jnp.einsum("bnd,bd->bn", _dense(params["vision"], x), _dense(params["target"], target)) * d**-0.5
+    x = _attended(params["enhancer"], vision, valid)
+    s = jnp.einsum("bnd,bd->bn", _dense(params["vision"], x), _dense(params["target"], target)) * vision.shape[-1] ** -0.5
     return jnp.where(valid, s.astype(jnp.float32), jnp.finfo(jnp.float32).min)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxattn.core.labels import KIND_NEWLINE, KIND_VISION
 from jaxattn.core.reduce import valid_rows
 from jaxattn.core.select import gather_tokens
-from jaxattn.core.slots import bipartite, merge_tokens
+from jaxattn.core.slots import bipartite, merge_tokens, slot_sum
 from jaxattn.core.types import Array, Meta, Tokens, contract, expect, operand
 from jaxattn.registry import register
 
@@ -172,12 +172,8 @@ def quota_merge(x: Array, count: int, *, lines: tuple[int, int] | None = None) -
         slot, order = bipartite(x, min(x.shape[1] // 2, x.shape[1] - count))
         left = order.shape[1]
         x = merge_tokens(x, slot, left, weight=size)
-        size = merge_tokens(size[..., None], slot, left, mode="mean")[..., 0] * _members(slot, left)
+        size = slot_sum(size, slot, left)
     return x[0]
-
-
-def _members(slot: Array, slots: int) -> Array:
-    return jax.vmap(lambda s: jnp.zeros(slots, jnp.float32).at[s].add(1))(slot)
 
 
 # --------------------------------------------------------------------------------------------------------------- record
