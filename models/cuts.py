@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import jax
+
 from jaxattn.core.types import Call, Ctx, State, expect
 from jaxattn.nn import block as B
 from models import evidence as ev
@@ -11,6 +13,7 @@ from models.bind import needs_of, params_of
 from models.rows import Streams
 
 
+@jax.named_scope("choose")
 def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, key, phase) -> tuple[Streams, dict]:
     """Apply one TokenTransform before layer ``at.layer``; "next" evidence projects the rows through that layer.
     ``carried``: {name: State} from the cuts before."""
@@ -46,6 +49,7 @@ def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ct
     return _transform(record, params, State(), streams, acts_on, evidence, ctx, local)[0]
 
 
+@jax.named_scope("choose")
 def _transform(record, params, state, streams, acts_on, evidence, ctx, local):
     if acts_on == "all":
         expect("acts_on", f"{len(streams.groups)} groups", "one group for a transform of all rows", len(streams.groups) == 1)

@@ -54,6 +54,7 @@ def over_heads(x: Array, how: str | None) -> Array:
     return {"mean": jnp.mean, "sum": jnp.sum, "max": jnp.max}[how](x, axis=1)
 
 
+@jax.named_scope("choose")
 def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: dict, evidence: dict, blocks=None) -> Array:
     """The evidence one Need asks of a layer whose call (rotated q, k) is given; ``part`` is its merged result or None
     where the layer has not run (a cut asks the layer that comes next). ``blocks()``: ((input, output), ...) [B, N, C] of

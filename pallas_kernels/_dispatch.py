@@ -11,8 +11,10 @@ device per core, say) calls ``_mesh.spread`` itself.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
@@ -21,6 +23,19 @@ from pallas_kernels import _mesh
 # The bodies written for a backend, best first.
 ACCELERATORS = {"tpu": ("tpu",), "gpu": ("hopper", "gpu"), "cuda": ("hopper", "gpu")}
 CUT_BY_XLA = frozenset({"reference", "xla"})
+
+_UNNAMED: contextvars.ContextVar[str | None] = contextvars.ContextVar("unnamed", default=None)
+
+
+@contextlib.contextmanager
+def unnamed(name: str) -> Iterator[None]:
+    """Calls traced inside that name no body get ``name``: the reference, say, whose products are those of the formula.
+    What was jitted and traced before keeps its body."""
+    token = _UNNAMED.set(name)
+    try:
+        yield
+    finally:
+        _UNNAMED.reset(token)
 
 
 def kernels(operation: str, function: str, names: tuple[str, ...] = ("tpu", "gpu")) -> dict[str, Callable]:
@@ -50,6 +65,7 @@ def choose(
     body cannot do with this call, in words, or None. ``dims()``: names of the operands' and outputs' dimensions.
     ``mesh``: to cut over, None for the ambient one.
     """
+    implementation = _UNNAMED.get() if implementation is None else implementation
     if implementation is None:
         for name in ACCELERATORS.get(jax.default_backend(), ()):
             if name in bodies and name in measured and reaches(dims, mesh) and refusal(name) is None:

@@ -170,6 +170,7 @@ def _with_needs(program, extra):
     return dataclasses.replace(program, needs=tuple(dict.fromkeys((*program.needs, *more))))
 
 
+@jax.named_scope("vision")
 def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", whole: bool = False):
     """Run the tower to its select layer; with ``whole`` also the layers behind it (their output serves CLS heads)."""
     program, arrays, params = bound
@@ -188,6 +189,7 @@ def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", who
     return out, rest
 
 
+@jax.named_scope("project")
 def project(params: dict, c: VLMConfig, x: Array, original: Array) -> Array:
     """Feature rows [B, K, Cv] to language width; ``original`` int32 [B, K] says which patch each row was. Where the tower
     merges, each run of ``merge ** 2`` rows becomes one."""
