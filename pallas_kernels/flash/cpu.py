@@ -1,7 +1,7 @@
 """The fast path on CPU cores: one step is one query tile of one head against its whole list.
 
-Scores of a step stay in a core's cache, keys are read where they lie ([B, M, G, D], no transposition), and a step whose
-listed units are all seen whole tests no mask. Heads are walked one after another, so this body is for a device that
+Scores of a step stay in a core's cache, and a step whose listed units are all seen whole tests no mask. Keys that lists
+read again and again are laid out once per head, end to end; others are read where they lie ([B, M, G, D]). Heads are walked one after another, so this body is for a device that
 holds all it computes: alone, or inside a shard_map with a core per device. The mathematics of a tile pair is ``xla``'s.
 
 A device that owns several cores takes several heads per step instead, for XLA to share out among its threads.
@@ -24,6 +24,7 @@ from pallas_kernels.flash.lists import full_entries
 KEYS, TABLE = 2048, 1 << 18  # keys and scores of one softmax; longer lists are merged group by group
 ROWS = 128  # query rows that heads of one kv head share a step up to
 SCORES = 1 << 20  # of a step on a device with several cores
+COPY = 2  # times that lists must read a head's keys before laying them out pays
 BACKWARD = 512  # keys of a list up to which the gradient, too, goes head by head; beyond, heads together measured faster
 
 # What a step must do about its mask.
@@ -50,8 +51,17 @@ class _Plan:
     groups: int
 
     @property
-    def steps(self) -> int:
-        return self.b * (self.g // self.heads[0]) * (self.r // self.heads[1]) * self.tiles
+    def outer(self) -> int:
+        """Walks over kv heads, each of ``inner`` steps."""
+        return self.b * (self.g // self.heads[0])
+
+    @property
+    def inner(self) -> int:
+        return self.r // self.heads[1] * self.tiles
+
+    @property
+    def copies(self) -> bool:
+        return self.inner * self.group * self.groups >= COPY * self.units
 
 
 def _plan(o: dict, opt) -> _Plan:
@@ -168,16 +178,18 @@ class _Place:
         return lax.dynamic_update_slice(x, part, (self.b, self.i, 0, self.g * self.p.r + self.r, 0))
 
     def _keys(self, index):
-        unit = self.b * self.p.units + index
-        head = jnp.broadcast_to((self.g + jnp.arange(self.p.heads[0]))[None, :, None, None], (1, self.p.heads[0], 1, 1))
-        unit, head = jnp.broadcast_arrays(unit, head)
+        unit, head = jnp.broadcast_arrays(self.b * self.p.units + index, self.g + _along(self.p.heads[0]))
         return jnp.stack([unit, head], -1)
 
-    def key(self, x, index):
-        """[B * units, unit, G, E] -> [1, g, 1|r, c, unit, E]."""
+    def reader(self, x):
+        """``f(index [1, ., ., c]) -> [1, g, 1|r, c, unit, E]`` of keys [B * units, unit, G, E]."""
+        p, (_, unit, _, e), inside = self.p, x.shape, lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        if p.copies:
+            panel = lax.dynamic_slice(x, (self.b * p.units, 0, self.g, 0), (p.units, unit, p.heads[0], e))
+            panel = jnp.moveaxis(panel, 2, 0).reshape(-1, unit, e)
+            return lambda index: panel.at[_along(p.heads[0]) * p.units + index].get(mode=inside)
         numbers = lax.GatherDimensionNumbers((4, 5), (0, 2), (0, 2))
-        sizes = (1, x.shape[1], 1, x.shape[3])
-        return lax.gather(x, self._keys(index), numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+        return lambda index: lax.gather(x, self._keys(index), numbers, (1, unit, 1, e), mode=inside)
 
     def add_key(self, total, index, x):
         numbers = lax.ScatterDimensionNumbers((4, 5), (0, 2), (0, 2))
@@ -185,12 +197,28 @@ class _Place:
         return lax.scatter_add(total, self._keys(index), x, numbers, mode=mode)
 
 
-def _place(p: _Plan, number) -> _Place:
-    """Of step ``number``: tiles of one head follow each other, because they share keys."""
-    number, i = number // p.tiles, number % p.tiles
-    of_r, of_g = p.r // p.heads[1], p.g // p.heads[0]
-    number, r = number // of_r, number % of_r
-    return _Place(p, number // of_g, number % of_g * p.heads[0], r * p.heads[1], i)
+def _along(heads: int):
+    """Numbers of a step's kv heads, beside an index [1, ., ., c]."""
+    return jnp.arange(heads, dtype=jnp.int32)[None, :, None, None]
+
+
+def _walk(p: _Plan, step, init, k, v):
+    """``step(place, key reader, value reader, totals)`` everywhere: what shares keys follows each other."""
+    of_g = p.g // p.heads[0]
+
+    def loop(size: int, body, carry):
+        return lax.fori_loop(0, size, body, carry) if size > 1 else body(0, carry)
+
+    def heads(number, totals):
+        b, g = number // of_g, number % of_g * p.heads[0]
+        readers = [_Place(p, b, g, 0, 0).reader(x) for x in (k, v)]
+
+        def one(number, totals):
+            return step(_Place(p, b, g, number // p.tiles * p.heads[1], number % p.tiles), *readers, totals)
+
+        return loop(p.inner, one, totals)
+
+    return loop(p.outer, heads, init)
 
 
 def _read(at: _Place, j, q, k, v, facts, opt):
@@ -201,7 +229,7 @@ def _read(at: _Place, j, q, k, v, facts, opt):
     chunk = lambda x: lax.dynamic_slice_in_dim(x, j * p.group, p.group, 3)  # noqa: E731
     index = chunk(at.row(lists["index"]))
     real, index = index < p.units, jnp.minimum(index, p.units - 1)
-    diff = {"q": q, "k": at.key(k, index), "row": jax.tree.map(at.row, rows["row"])}
+    diff = {"q": q, "k": k(index), "row": jax.tree.map(at.row, rows["row"])}
     diff |= jax.tree.map(lambda x: at.unit(x, index), keys)
     if "log_weight" in per_query:
         diff["log_weight"] = chunk(at.row(per_query["log_weight"]))
@@ -216,7 +244,7 @@ def _read(at: _Place, j, q, k, v, facts, opt):
         }
         return found | ({"bounds": chunk(at.row(lists["bounds"]))} if "bounds" in lists else {})
 
-    return diff, at.key(v, index), ints, index
+    return diff, v(index), ints, index
 
 
 def _by_kind(at: _Place, kinds, j, f, diff, v, ints, opt):
@@ -254,8 +282,7 @@ def _forward(o: dict, opt):
     q, k, v = _rows(p, opt.tile, o["q"]), _units(p, opt.unit, o["k"]), _units(p, opt.unit, o["v"])
     facts, kinds = _facts(o, opt, p), _kinds(o, opt, p)
 
-    def step(number, outputs):
-        at = _place(p, number)
+    def step(at, k, v, outputs):
         query = at.query(q)
 
         def body(j, carry):
@@ -272,7 +299,7 @@ def _forward(o: dict, opt):
 
     shape = (p.b, p.tiles, opt.tile, h)
     init = varying((jnp.zeros((*shape, dv), o["v"].dtype), jnp.zeros((*shape, 1), acc)), o)
-    out, lse = lax.fori_loop(0, p.steps, step, init) if p.steps > 1 else step(0, init)
+    out, lse = _walk(p, step, init, k, v)
     return out.reshape(b, -1, h, dv)[:, :n], lse.reshape(b, -1, h)[:, :n]
 
 
@@ -292,8 +319,7 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
     cotangents |= {x: _rows(p, opt.tile, a[..., None]) for x, a in (("delta", delta), ("lse", lse))}
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, acc))
 
-    def step(number, totals):
-        at = _place(p, number)
+    def step(at, k, v, totals):
         query = at.query(q)
         row = {x: at.query(a) for x, a in cotangents.items()}
         row |= {x: row[x][..., 0] for x in ("delta", "lse")}
@@ -320,7 +346,7 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
         return at.put_query(totals[0], dq), *rest
 
     init = varying((jnp.zeros_like(q), zeros(rows), zeros(keys), zeros(per_query), *zeros((k, v))), o)
-    dq, d_rows, d_keys, d_tables, dk, dv = lax.fori_loop(0, p.steps, step, init) if p.steps > 1 else step(0, init)
+    dq, d_rows, d_keys, d_tables, dk, dv = _walk(p, step, init, k, v)
     dq = dq.reshape(b, -1, h, d)[:, :n]
     dk, dv = (x.reshape(b, -1, g, x.shape[3])[:, :m] for x in (dk, dv))
     return (dq, dk, dv), (d_rows, d_keys, d_tables)
