@@ -118,10 +118,11 @@ def bind_stack(block, n_layers: int, site: str, *, attention=None, reduce=None, 
             fresh[f"attention.{i}"] = jax.vmap(lambda k, kind=kind: kind.init(k, spec))(keys)
     cuts = []
     for layer, record in scheduled(reduce or {}, n_layers, site):
-        rows = left(record, rows)
+        entered, rows = rows, left(record, rows)
         program, operands[f"cut.{len(cuts)}"] = split(record, spec)
         if hasattr(record, "init"):
-            fresh[f"cut.{len(cuts)}"] = record.init(jax.random.key(0) if key is None else key, spec)
+            known = spec.replace(length=entered or 0)
+            fresh[f"cut.{len(cuts)}"] = record.init(jax.random.key(0) if key is None else key, known)
         cuts.append(Cut(layer, f"cut.{len(cuts)}", program))
     if cache is not None:
         cache, operands["cache"] = split(as_record("cache", cache, n_layers), spec)

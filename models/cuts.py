@@ -14,9 +14,9 @@ from models.rows import Streams
 
 
 @jax.named_scope("choose")
-def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, key, phase) -> tuple[Streams, dict]:
+def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, key, phase) -> tuple[Streams, dict, dict]:
     """Apply one TokenTransform before layer ``at.layer``; "next" evidence projects the rows through that layer.
-    ``carried``: {name: State} from the cuts before."""
+    ``carried``: {name: State} from the cuts before. Returns (streams, carried, what the transform tells beside)."""
     record, block = at.transform, program.block
     acts_on = getattr(record, "acts_on", "vision")
     asked = dict(evidence)
@@ -36,17 +36,18 @@ def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, 
     local = frozenset(need.name for need in (*program.needs, *following))
     name = getattr(record, "carries", None)
     state = carried.get(name, State())
-    streams, state = _transform(record, params_of(arrays, at.name), state, streams, acts_on, asked, ctx, local)
-    return streams, carried if name is None else {**carried, name: state}
+    streams, state, aux = _transform(record, params_of(arrays, at.name), state, streams, acts_on, asked, ctx, local)
+    return streams, carried if name is None else {**carried, name: state}, aux
 
 
-def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx, local=frozenset()) -> Streams:
-    """Apply a TokenTransform to one group of rows, with the evidence of that group's rows.
+def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx,
+              local=frozenset()) -> tuple[Streams, dict]:  # fmt: skip
+    """Apply a TokenTransform to one group of rows, with the evidence of that group's rows: (streams, what it tells beside).
 
     ``local`` names facts whose columns are this stack's rows; per-key facts found elsewhere have a column per original
     row of the group and follow its slots (a merged row gets the sum, or the maximum, of its members').
     """
-    return _transform(record, params, State(), streams, acts_on, evidence, ctx, local)[0]
+    return _transform(record, params, State(), streams, acts_on, evidence, ctx, local)[::2]
 
 
 @jax.named_scope("choose")
@@ -62,7 +63,7 @@ def _transform(record, params, state, streams, acts_on, evidence, ctx, local):
             mine[need.name] = ev.columns(need, mine[need.name], start, stop)
         elif need.what in ev.PER_KEY and mine.get(need.name) is not None and tokens.slot is not None:
             mine[need.name] = ev.follow(mine[need.name], tokens.slot, stop - start, need.merged)
-    new, state, _ = record.apply(params, state, tokens, mine, ctx)
+    new, state, aux = record.apply(params, state, tokens, mine, ctx)
     expect("rows", new.x.shape[1], f"the {record.rows(stop - start)} rows the transform declared",
            new.x.shape[1] == record.rows(stop - start))  # fmt: skip
-    return streams.put(acts_on, new), state
+    return streams.put(acts_on, new), state, aux

@@ -59,20 +59,21 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
     """The evidence one Need asks of a layer whose call (rotated q, k) is given; ``part`` is its merged result or None
     where the layer has not run (a cut asks the layer that comes next). ``blocks()``: ((input, output), ...) [B, N, C] of
     its sub-blocks."""
+    stop = (lambda x: x) if need.through else jax.lax.stop_gradient
     if need.what == "hidden":
-        return jax.lax.stop_gradient(hidden)
+        return stop(hidden)
     if need.what == "keys":
-        return jax.lax.stop_gradient(k_raw)
+        return stop(k_raw)
     if need.what in ("rotated_keys", "values"):
-        return jax.lax.stop_gradient(call.k if need.what == "rotated_keys" else call.v)
+        return stop(call.k if need.what == "rotated_keys" else call.v)
     if need.what == "head_out":
-        return jax.lax.stop_gradient(part.out)
+        return stop(part.out)
     if need.what == "transition":
         if blocks is None:
             raise ValueError(f"need {need.name!r}: expected a layer that has run for 'transition', got at={need.at!r}")
         valid = _batched(call.q_meta, call.q.shape[0]).valid
-        return sum(statistics.transition(*jax.lax.stop_gradient(pair), valid) for pair in blocks())
-    call = jax.lax.stop_gradient(call)
+        return sum(statistics.transition(*stop(pair), valid) for pair in blocks())
+    call = stop(call)
     batch, n = call.q.shape[:2]
     meta = _batched(call.q_meta, batch)
     if is_contract(need.rows) and getattr(need.rows, "given", None) is not None:
@@ -89,7 +90,7 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
     if need.what == "received" and need.iterate > 1:
         found = statistics.iterated(call, jnp.broadcast_to(weights, (batch, n)), need.iterate, need.temperature)
         return over_heads(found, need.over_heads)
-    lse = None if part is None or need.temperature != 1.0 else jax.lax.stop_gradient(part.lse)
+    lse = None if part is None or need.temperature != 1.0 else stop(part.lse)
     if need.what == "entropy":
         lse = statistics.log_mass(call, need.temperature) if lse is None else lse
         return over_heads(jnp.moveaxis(statistics.entropy(call, lse), 1, 2), need.over_heads)
@@ -111,7 +112,7 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
 
 def _between(need: Need, call: Call, lse, meta: Meta, groups: dict) -> Array:
     """[B, groups, groups]: mean over the valid rows of one group of their mass on another, heads averaged."""
-    lse = statistics.log_mass(call) if lse is None else jax.lax.stop_gradient(lse)
+    lse = statistics.log_mass(call) if lse is None else lse if need.through else jax.lax.stop_gradient(lse)
     found = []
     for name in groups:
         index, weights = row_weights(name, meta, groups, {}, False)

@@ -41,8 +41,9 @@ class Streams:
         join = lambda a, b: jnp.concatenate([a[:, :start], b.astype(a.dtype), a[:, stop:]], 1)  # noqa: E731
         groups = tuple((g, new.x.shape[1] if g == name else n) for g, n in self.groups)
         old = self.meta
-        if new.meta.size is not None and old.size is None:
-            old = old.replace(size=jnp.ones(old.pos.shape, jnp.float32))
+        for name in ("size", "weight"):
+            if getattr(new.meta, name) is not None and getattr(old, name) is None:
+                old = old.replace(**{name: jnp.ones(old.pos.shape, jnp.float32)})
         if new.meta.rope is not None and old.rope is None:
             old = old.replace(rope=old.pos)
         more = {label: jnp.zeros_like(old.pos) for label in new.meta.labels if label not in old.labels}
@@ -54,7 +55,7 @@ class Streams:
 def streams_of(groups: dict[str, tuple[Array, Meta]]) -> Streams:
     """Streams from {name: (x, Meta)}; labels missing in one group are 0 there."""
     names = sorted({label for _, meta in groups.values() for label in meta.labels})
-    has = {f: any(getattr(m, f) is not None for _, m in groups.values()) for f in ("rope", "size")}
+    has = {f: any(getattr(m, f) is not None for _, m in groups.values()) for f in ("rope", "size", "weight")}
     metas, slots = [], {}
     for name, (x, meta) in groups.items():
         shape = x.shape[:2]
@@ -62,7 +63,8 @@ def streams_of(groups: dict[str, tuple[Array, Meta]]) -> Streams:
         labels = {n: full(meta.labels.get(n, np.zeros((1, shape[1]), np.int32))) for n in names}
         rope = (full(meta.pos if meta.rope is None else meta.rope)) if has["rope"] else None
         size = (full(np.ones((1, shape[1]), np.float32) if meta.size is None else meta.size)) if has["size"] else None
-        metas.append(Meta(full(meta.pos), full(meta.valid), rope, size, labels))
+        weight = (full(np.ones((1, shape[1]), np.float32) if meta.weight is None else meta.weight)) if has["weight"] else None
+        metas.append(Meta(full(meta.pos), full(meta.valid), rope, size, labels, weight))
         slots[name] = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
     x = jnp.concatenate([x for x, _ in groups.values()], 1)
     meta = jax.tree.map(lambda *a: jnp.concatenate(a, 1), *metas)

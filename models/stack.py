@@ -29,7 +29,8 @@ from models.rows import Streams, streams_of
 
 @data
 class StackOut:
-    """What a pass leaves: the rows, the evidence found, caches, socket states (tuple of State), aux per layer."""
+    """What a pass leaves: the rows, the evidence found, caches, socket states (tuple of State), and what attentions (per
+    layer) and transforms ("cut.0", ...) tell beside."""
 
     streams: Streams
     evidence: dict[str, Array]
@@ -70,7 +71,7 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         cuts = [c for c in program.cuts if start < c.layer < stop]
         edges = [start, *sorted({c.layer for c in cuts}), stop]
         pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
-    carried, given, shift = {}, streams.meta.rope, None
+    carried, told, given, shift = {}, {}, streams.meta.rope, None
     if phase == "prefill" and given is not None and given.ndim == 3:  # pictures take fewer positions than rows (M-RoPE)
         shift = _behind(streams.meta)
     for a, b, cache, cuts in pieces:
@@ -85,15 +86,15 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
         if keep_cache:
             done.append(pending if cache is not None else pending.replace(shift=shift))
         for cut in cuts:
-            streams, carried = cut_rows(params, program, arrays, streams, cut, evidence, carried, mask=mask, step=step, key=key,
-                                        phase=phase)  # fmt: skip
+            streams, carried, told[cut.name] = cut_rows(params, program, arrays, streams, cut, evidence, carried, mask=mask,
+                                                        step=step, key=key, phase=phase)  # fmt: skip
             if getattr(cut.transform, "positions", "original") == "fresh":
                 streams = streams.replace(meta=fresh(streams.meta)[0])
                 shift = _behind(streams.meta)
     if keep_cache and phase == "prefill":
         done = join_caches(done)
     joined = jax.tree.map(lambda *x: jnp.concatenate(x), *aux) if aux and jax.tree.leaves(aux) else {}
-    return StackOut(streams, evidence, tuple(done), states, joined)
+    return StackOut(streams, evidence, tuple(done), states, joined | told)
 
 
 # --------------------------------------------------------------------------------------------------------- a segment

@@ -27,8 +27,13 @@ def run(config: Common) -> int:
     from train import tasks  # imports models, whose constants may touch the backend
 
     mesh = config.mesh.make()
+    config = tasks.started(config)
     task = tasks.build(config)
     params = task.params
+    if not config.steps and getattr(config, "init", None) is not None:
+        found = task.stages[-1].evaluator(config.eval_batches, mesh)({**task.stages[-1].frozen, **params}, 0)
+        print("  ".join(f"{name} {float(x):.4g}" for name, x in found.items()))
+        return 0
     for stage in task.stages:
         folder = config.folder / stage.folder
         names = stage.params or tuple(params)

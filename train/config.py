@@ -144,6 +144,14 @@ class ViT(Common):
     mlp: int = 256
     attention: str | None = None
     """A method as "name:arg=value,..."; None: dense."""
+    tokens: tuple[str, ...] = ()
+    """Token methods as "name:arg=value,...@site"; sites are vision (which may be left out) and vision.<layer>."""
+    objective: str | None = None
+    """What to minimise, as "name:arg=value,..."; None: what the method's name has, else the classes' cross-entropy."""
+    init: Path | None = None
+    """A run of this task to start from, with its shape; steps 0 only evaluates it."""
+
+    shape: ClassVar[tuple[str, ...]] = ("size", "patch", "dim", "layers", "heads", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,3 +199,11 @@ class VLM(Common):
     """A method that prunes visual tokens while training; None: all are kept."""
     tokens_at: str = "vision"
     """Where it acts: vision, vision.<layer>, project, llm or llm.<layer>."""
+    objective: str | None = None
+    """What to minimise, as "name:arg=value,..."; None: what the method's name has, else the losses of the task."""
+    init: Path | None = None
+    """A run of this task to start from, with its shape and without its first stage; steps 0 only evaluates it."""
+
+    shape: ClassVar[tuple[str, ...]] = (
+        "size", "patch", "dim", "layers", "heads", "kv_heads", "mlp", "vision_dim", "vision_layers", "vision_heads",
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from models.bind import Bound
 from models.language import llm
 from models.multimodal import vlm
 from models.vision import vit
+from train import methods
 from train.data.questions import KINDS
 
 PATCH_CLASSES, BACKGROUND_WEIGHT, CLS_WEIGHT = 11, 0.25, 3.0
@@ -85,23 +86,29 @@ def _vision(bound, params, batch, towers):
     return patch + CLS_WEIGHT * presence, {**metrics, "patch": patch, "presence_bce": presence}
 
 
-def joint_loss(bound: Bound, params: dict, batch: dict, key=None, *, auxiliary: float = 0.3, dtype=None):
-    """(loss, metrics): cross-entropy of the answers plus ``auxiliary`` times the vision losses, from one tower pass."""
-    bound = bound._replace(params=params)
-    c = bound.program.config
-    towers = vlm.tower(bound, batch["image"], dtype=dtype, phase="train", whole=auxiliary > 0)
+def joint_outcome(bound: Bound, batch: dict, key=None, *, auxiliary: float = 0.3, dtype=None,
+                  phase: str = "train") -> methods.Outcome:  # fmt: skip
+    """Cross-entropy of the answers plus ``auxiliary`` times the vision losses, from one tower pass, and what else the model
+    showed. Methods read all questions of an image together."""
+    c, params = bound.program.config, bound.params
+    towers = vlm.tower(bound, batch["image"], dtype=dtype, phase=phase, whole=auxiliary > 0)
     meta, mask = vlm.question_meta(c, batch)
-    visual = vlm.see(bound, batch["image"], out=towers[0], dtype=dtype, phase="train", key=key)
-    out, _ = vlm.forward(bound, batch["image"], batch["tokens"], meta=meta, mask=mask, visual=visual, dtype=dtype, key=key)
+    asked = (llm.embed(params["llm"], c.llm, batch["tokens"], dtype), meta.valid)
+    visual = vlm.see(bound, batch["image"], prompt=asked, out=towers[0], dtype=dtype, phase=phase, key=key)
+    out, _ = vlm.forward(bound, batch["image"], batch["tokens"], meta=meta, mask=mask, visual=visual, dtype=dtype, key=key,
+                         phase=phase)  # fmt: skip
     nll = optax.softmax_cross_entropy_with_integer_labels(out.logits.astype(jnp.float32), batch["targets"])
     weight = batch["loss_mask"]
     answer = (nll * weight).sum() / jnp.maximum(weight.sum(), 1.0)
     hit = ((out.logits.argmax(-1) == batch["targets"]) * weight).sum() / jnp.maximum(weight.sum(), 1.0)
-    metrics = {"answer": answer, "accuracy": hit}
-    if not auxiliary:
-        return answer, metrics
-    vision, more = _vision(bound, params, batch, towers)
-    return answer + auxiliary * vision, {**metrics, **more}
+    loss, metrics = answer, {"answer": answer, "accuracy": hit}
+    if auxiliary:
+        vision, more = _vision(bound, params, batch, towers)
+        loss, metrics = answer + auxiliary * vision, {**metrics, **more}
+    evidence = {**out.stack.evidence, **methods.of_patches(bound.program, towers[0], towers[1])}
+    return methods.Outcome(loss, metrics, out.logits, weight, evidence,
+                           {"vision": towers[0].aux, "sites": visual.aux, "llm": out.stack.aux},
+                           {"vision": towers[0].streams, "llm": out.stack.streams})  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

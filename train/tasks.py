@@ -5,19 +5,22 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from models.bind import Bound
 from models.language import llm
 from models.multimodal import vlm
 from models.vision import vit
-from train import scenes
+from train import methods, scenes
 from train.config import LM, VLM, Common, ViT
 from train.data import Batches, CheckpointTokenizer, SceneConfig, lm_dataset, vit_dataset, vlm_dataset
 from train.loop import LossFn
@@ -83,7 +86,7 @@ class Task:
 
 def with_params(bound: Bound, params: Any) -> Bound:
     """The bound model with the parameters of a task or a checkpoint: its own, and those of its sockets."""
-    params = dict(params)
+    params = {name: tree for name, tree in params.items() if name not in (methods.OBJECTIVE, methods.TEACHER)}
     trained = params.pop(SOCKETS, None)
     arrays = bound.arrays if trained is None else {**bound.arrays, "trained": trained}
     return Bound(bound.program, arrays, params)
@@ -120,11 +123,14 @@ def language_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None
     return _mean(nll, weight), {"accuracy": _mean(hit, weight), "weight": weight.sum()}
 
 
-def class_loss(bound: Bound, params: Any, batch: Any, key=None, *, dtype=None):
-    """(loss, metrics): cross-entropy of the image's class."""
-    logits = vit.forward(with_params(bound, params), batch["image"], dtype=dtype, key=key).logits
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return nll.mean(), {"accuracy": (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)}
+def class_outcome(bound: Bound, params: Any, batch: Any, key=None, *, phase: str = "train", dtype=None) -> methods.Outcome:
+    """Cross-entropy and accuracy of the image's class, and what else the classifier showed."""
+    out = vit.forward(with_params(bound, params), batch["image"], phase=phase, dtype=dtype, key=key)
+    nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch["label"])
+    metrics = {"accuracy": (out.logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)}
+    evidence = methods.of_patches(bound.program, out.stack)
+    return methods.Outcome(nll.mean(), metrics, out.logits[:, None], jnp.ones((len(nll), 1)), evidence,
+                           {"vision": out.stack.aux}, {"vision": out.stack.streams, "head": out.streams})  # fmt: skip
 
 
 def language(config: LM) -> Task:
@@ -160,13 +166,33 @@ def vision(config: ViT) -> Task:
         config.size, config.patch, config.layers, config.dim, config.heads, channels=info["channels"],
         hidden=config.mlp, classes=len(info["classes"]),
     )  # fmt: skip
-    bound = vit.bind(model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
+    named = methods.placed(config.tokens, "vision")
+    bind = partial(vit.bind, model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
+    bound, plain = bind(reduce=named), bind()
 
-    def loss_fn(params, batch, key):
-        return class_loss(bound, params, batch, key, dtype=_dtype(config))
+    def outcome(bound, params, batch, key, phase):
+        return class_outcome(bound, params, batch, key, phase=phase, dtype=_dtype(config))
 
-    stage = Stage(loss_fn, train, held_out, config.steps)
-    return Task(model, bound, _params(bound, vit.init(model, config.seed)), (stage,), unit="images")
+    objective = methods.objective_of(config.objective, tuple(named.values()))
+    return _task(config, model, bound, plain, vit.init(model, config.seed), train, held_out, outcome, objective)
+
+
+def _task(config, model, bound: Bound, plain: Bound, params, train: Batches, held_out: Batches, outcome, objective, *,
+          groups=None, score=None, before: tuple[Stage, ...] = ()) -> Task:  # fmt: skip
+    """A task whose last stage trains ``params`` with whatever is bound, from the run of --init if one is named.
+
+    outcome: (bound, params, batch, key, phase) -> Outcome; plain: the model without token methods, a teacher's.
+    """
+    params = _params(bound, params)
+    if config.init is not None:
+        params = methods.filled(params, methods.load(config.init)[0])
+    seen, teacher = methods.seeing(bound, objective), methods.seeing(plain, objective)
+    plan = methods.prepare(partial(outcome, seen), partial(outcome, teacher), params, objective,
+                           train.fetch(np.arange(min(config.batch, train.size))), key=jax.random.key(config.seed),
+                           groups=groups or {}, trained=config.init is not None)  # fmt: skip
+    stage = Stage(plan.loss_fn, train, held_out, config.steps, groups=plan.groups, score=score, frozen=plan.frozen,
+                  eval_loss=plan.eval_loss)  # fmt: skip
+    return Task(model, bound, plan.params, (*before, stage), unit="images")
 
 
 def scene_model(config: VLM, vocab: int, channels: int = 1) -> vlm.VLMConfig:
@@ -188,15 +214,14 @@ def multimodal(config: VLM) -> Task:
         data = {"config": geometry, "count": config.scenes, **words}
     train, held_out = _streams(vlm_dataset, config, **data)
     model = scene_model(config, train.info["vocab_size"], train.info["channels"])
-    bound = vlm.bind(
-        model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed),
-        reduce={config.tokens_at: config.tokens} if config.tokens else None,
-    )  # fmt: skip
-    auxiliary = 0.0 if own else config.auxiliary
+    bind = partial(vlm.bind, model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
+    bound, plain = bind(reduce={config.tokens_at: config.tokens} if config.tokens else None), bind()
+    # The vision losses have a label for every patch: none where the tower loses some.
+    auxiliary = 0.0 if own or bound.program.stack("vision").cuts else config.auxiliary
 
-    def joint(params, batch, key):
+    def outcome(bound, params, batch, key, phase):
         ready = with_params(bound, params)
-        return scenes.joint_loss(ready, ready.params, batch, key, auxiliary=auxiliary, dtype=_dtype(config))
+        return scenes.joint_outcome(ready, batch, key, auxiliary=auxiliary, dtype=_dtype(config), phase=phase)
 
     def tower(params, batch, key):
         return scenes.vision_loss(bound, params, batch, key, dtype=_dtype(config))
@@ -205,14 +230,15 @@ def multimodal(config: VLM) -> Task:
         found = scenes.evaluate(with_params(bound, params), batches)
         return {**found["accuracy"], "yes_recall": found["yes_recall"], "no_recall": found["no_recall"]}
 
-    groups = {"vision": config.vision_lr}
-    stages = [Stage(joint, train, held_out, config.steps, groups=groups, score=None if own else score)]
-    if config.vision_steps and not own:
+    before: tuple[Stage, ...] = ()
+    if config.vision_steps and not own and config.init is None:
         crowded = {"config": geometry.dense(), "mix": (), "count": max(1, config.scenes // 2)}
         alone = _streams(vlm_dataset, config, **crowded, batch_size=config.vision_batch, scene_seed=1)
-        stages.insert(0, Stage(tower, *alone, config.vision_steps, folder="vision", params=("vision", "aux")))
+        before = (Stage(tower, *alone, config.vision_steps, folder="vision", params=("vision", "aux")),)
     params = vlm.init(model, config.seed) if own else scenes.init(model, config.seed)
-    return Task(model, bound, _params(bound, params), tuple(stages), unit="images")
+    objective = methods.objective_of(config.objective, (config.tokens,) if config.tokens else ())
+    return _task(config, model, bound, plain, params, train, held_out, outcome, objective, before=before,
+                 groups={"vision": config.vision_lr}, score=None if own else score)  # fmt: skip
 
 
 def build(config: Common) -> Task:
@@ -220,4 +246,29 @@ def build(config: Common) -> Task:
     makers = {LM: language, ViT: vision, VLM: multimodal}
     if type(config) not in makers:
         raise ValueError(f"config: expected one of LM, ViT and VLM, got {type(config).__name__}")
-    return makers[type(config)](config)
+    return makers[type(config)](started(config))
+
+
+def started(config: Common) -> Common:
+    """The configuration with the shape of the run that it starts from."""
+    if isinstance(config, LM) or config.init is None:
+        return config
+    same = config.folder.resolve() in (config.init.resolve(), config.init.resolve().parent)
+    if same and config.steps:
+        raise ValueError(f"out: expected another folder than that of init, got {config.folder}")
+    return methods.shaped(config, methods.load(config.init)[1])
+
+
+def load(run: Path, **changes) -> Bound:
+    """The bound model of a run of `python -m train vit` or `vlm`: its methods, its parameters and theirs. changes: fields of
+    its configuration, say other tokens that the same parts serve."""
+    params, record = methods.load(run)
+    makers = {maker.task: maker for maker in (ViT, VLM)}
+    said = record.get("config") or {}
+    if said.get("task") not in makers:
+        raise ValueError(f"run: expected one of the tasks {', '.join(makers)}, got {said.get('task')!r}")
+    maker = makers[said["task"]]
+    known = {f.name for f in fields(maker)} - {"mesh", "hosts", "init", "objective"}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in said.items() if name in known}
+    values["data"] = None if values.get("data") is None else Path(values["data"])
+    return with_params(build(maker(**{**values, **changes})).bound, params)

@@ -114,11 +114,36 @@ def _received(call: Call, lse, implementation: str | None) -> Array:
 
 def _union(call: Call, implementation: str | None) -> Part:
     """One softmax over the own keys and those of every View."""
-    part = attend_keys(call, implementation)
+    part = attend_keys(call, implementation) if call.k_meta.weight is None else _weighed(call, implementation)
     for view in call.past:
         if view.own is not None:
             part = hide(part, view.own)
     return merge(part, *(attend_view(call, view, implementation) for view in call.past))
+
+
+def _weighed(call: Call, implementation: str | None) -> Part:
+    """The own keys' Part where ``k_meta.weight`` w says how much each counts for the others, p_ij ~ (w_j + (1 - w_j) [i = j])
+    e_ij: plain attention to the values w_j (v_j, 1), whose last column is the mass that is left, and each row's own key."""
+    n, m, h = call.q.shape[1], call.k.shape[1], call.q.shape[2]
+    expect("k_meta.weight", f"{n} queries of {m} keys", "as many, the same rows", n == m)
+    plain = call.bias is None and call.score_mod is None and "bias" not in call.key and call.normalizer == "softmax"
+    expect("k_meta.weight", "bias, score_mod or another normalizer", "a plain softmax beside it", plain)
+    acc = jnp.promote_types(call.v.dtype, jnp.float32)
+    w = jnp.broadcast_to(_per_key(call.k_meta.weight).astype(acc), call.k.shape[:3])[..., None]
+    meta, v = call.k_meta.replace(weight=None), call.v.astype(acc)
+    part = attend_keys(call.replace(v=jnp.concatenate([w * v, w], -1), k_meta=meta), implementation)
+    k, v, w = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (call.k, v, w))
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    own = jnp.einsum("bnhd,bnhd->bnh", call.q, k, preferred_element_type=acc) * scale
+    if meta.size is not None:
+        own = own + _per_key(jnp.log(jnp.maximum(meta.size, 1e-9)))
+    seen = jnp.isfinite(part.lse) & _per_key(jnp.asarray(meta.valid))
+    own = jnp.where(seen, jnp.exp(jnp.where(seen, own - jnp.where(seen, part.lse, 0.0), 0.0)), 0.0)[..., None] * (1 - w)
+    mass = part.out[..., -1:] + own
+    some = mass > 0
+    out = jnp.where(some, (part.out[..., :-1] + own * v) / jnp.where(some, mass, 1.0), 0.0)
+    lse = jnp.where(some[..., 0], part.lse + jnp.log(jnp.where(some, mass, 1.0))[..., 0], -jnp.inf)
+    return Part(out.astype(call.v.dtype), lse)
 
 
 def class_masses(call: Call, implementation: str | None = None) -> tuple[Array, Array]:

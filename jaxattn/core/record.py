@@ -143,7 +143,8 @@ class Spec:
     head_dim: int = 0
     value_dim: int = 0
     batch: int = 1
-    length: int = 0  # rows a cache must be able to hold
+    length: int = 0  # rows a cache must be able to hold; of a transform, those that enter it, 0: not known
+    features: int = 0  # width of the rows that a projector reads, where these are behind it
     dtype: str = "float32"
 
     def replace(self, **changes) -> Spec:

@@ -129,6 +129,7 @@ def received(call: Call, lse: Array | None, weights: Array, *, temperature: floa
         must be ``log_mass(call, temperature)``.
       weights: float [B|1, N] or [B|1, N, H|1] of the query rows. Few rows with weight: ``rows_call`` first.
       temperature: divides the logits.
+    Keys with a ``weight`` receive it of their share; what rows give to themselves beyond it is not told.
     Returns: (own [B, H, M], one [B, H', M_view] per View, over the query heads that the View covers).
     """
     call = _plain(call)
@@ -143,6 +144,8 @@ def received(call: Call, lse: Array | None, weights: Array, *, temperature: floa
         if view is None and own is not None:
             w = jnp.where(own, w, 0.0)
         found.append(kernel_column_sums(*_lower(sub, temperature), _take(lse, call, view), w))
+    if call.k_meta.weight is not None:
+        found[0] = found[0] * jnp.asarray(call.k_meta.weight, found[0].dtype)[:, None]
     return found[0], tuple(found[1:])
 
 

@@ -51,6 +51,8 @@ class Meta:
       rope: [B|1, N] or [B|1, N, A] or None; what the rotary embedding reads (None: ``pos``).
       size: float32 [B|1, N] or None; input tokens a row stands for: ``attend`` adds log(size) to its logits.
       labels: {name: int32 [B|1, N]}; kind, role, segment, turn, frame, row, col, ...
+      weight: float [B|1, N] or None; how much a key counts for every row but its own, for which it counts wholly:
+        ``attend`` multiplies its exp(logit). 0 hides a key from the others with a gradient that says what showing it would do.
     All fields may carry a kv-head axis, [B, G, N], where kv heads keep different rows (caches).
     """
 
@@ -59,6 +61,7 @@ class Meta:
     rope: Array | None = None
     size: Array | None = None
     labels: dict[str, Array] = field(default_factory=dict)
+    weight: Array | None = None
 
     @staticmethod
     def of(n: int, *, pos=None, valid=None, rope=None, size=None, **labels) -> Meta:
@@ -235,6 +238,7 @@ class Need:
     over_heads: "mean" | "sum" | "max" | None (keep [B, H, M]).
     temperature: divides the logits. iterate: applications of w <- w P (PageRank).
     merged: "sum" | "max"; what a row merged since has of its members' answers.
+    through: gradients pass; they stop at evidence otherwise.
     """
 
     name: str
@@ -246,6 +250,7 @@ class Need:
     temperature: float = 1.0
     iterate: int = 1
     merged: str = "sum"
+    through: bool = False
 
 
 # The seven sockets. Protocols document what the model's loop calls; records need not inherit from them, and optional
@@ -318,7 +323,12 @@ class Sampler(Protocol):
 @runtime_checkable
 class Objective(Protocol):
     """What is minimised, with its own state (teachers, references). ``loss(params, state, forward, batch, key)``
-    where ``forward(batch) -> outputs``; returns (loss, metrics)."""
+    where ``forward(batch) -> outputs``; returns (loss, metrics).
+
+    Optional, for those that train a method inside a model (``train.methods``, where outputs are an Outcome):
+    ``teacher = True``: ``state.shared`` is the Outcome of the model without the method, through which nothing is trained;
+    ``needs() -> tuple[Need, ...]``: what both show; ``init(key, outcome, teacher) -> dict``: parts that only training has,
+    from the shapes of both; ``rates``: {"model" | "method" | "objective": factor on the learning rate, 0 freezes}."""
 
     def loss(self, params: dict, state: State, forward: Any, batch: dict, key: Any) -> tuple[Array, dict]: ...
 

@@ -63,7 +63,7 @@ class VLMConfig:
         language model reads them."""
         merged = self.vision.merge > 1  # then the rows behind the tower are as wide as the language model's
         stack_of = {"vision": self.llm if merged else self.vision, "project": self.llm}[site]
-        return stack_of.block.spec(stack_of.layers)
+        return stack_of.block.spec(stack_of.layers, features=self.vision.block.dim)
 
 
 class Projector(nnx.Module):
@@ -96,7 +96,7 @@ class VLM(nnx.Module):
 @data
 class Visual:
     """What the language model gets to see of an image: rows [B, K, C] with Meta, and the evidence found on the way;
-    ``newlines``: rows [B, L, C] that end its lines, or None."""
+    ``newlines``: rows [B, L, C] that end its lines, or None; ``aux``: what the transform of each site tells beside."""
 
     x: Array
     meta: Meta
@@ -105,6 +105,7 @@ class Visual:
     features: Array
     tower: stack.StackOut
     newlines: Tokens | None = None
+    aux: dict = dataclasses.field(default_factory=dict)
 
 
 def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steering=None, vision_attention=None, remat=False,
@@ -209,8 +210,8 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     Args: prompt: Tokens-like (x [B, T, C], valid [B, T]) of the prompt's embeddings, for methods that read the text.
       out: a tower result computed before.
     Transforms also get the facts "image" (Pictures: the crops below each other), "special" (CLS and registers, of several
-    crops the first's) and "project", the projector as a function. What they ask of the tower's layers is told of all crops of
-    a prompt; of a tower that merges patches, of the blocks.
+    crops the first's), "project", the projector as a function, and "places", its learned positions [N, C] or None. What they
+    ask of the tower's layers is told of all crops of a prompt; of a tower that merges patches, of the blocks.
     """
     program, arrays, params = bound
     c: VLMConfig = program.config
@@ -243,13 +244,15 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
         whole = pictures.one_image(image, c.vision.grid, c.vision.patch) if c.vision.positions else None
     facts = {**seen, **found, "features": features.x, "text": prompt}
     towards = (lambda x, _: x) if merged > 1 else functools.partial(project, params, c)  # what is merged is projected already
-    extra = {"image": whole, "special": special, "project": lambda x: towards(x, jnp.zeros(x.shape[:2], jnp.int32))}
+    extra = {"image": whole, "special": special, "project": lambda x: towards(x, jnp.zeros(x.shape[:2], jnp.int32)),
+             "places": params["projector"].get("pos")}  # fmt: skip
     ctx = Ctx(phase=phase, site="vision", key=key, spec=c.site_spec("vision"))
-    record = program.transform("vision")
+    record, aux = program.transform("vision"), {}
     site_arrays = {side: arrays.get(side, {}).get("sites", {}) for side in ("operands", "trained")}
     if record is not None:
         record = _of_crops(record, image)
-        streams = stack.transform(record, params_of(site_arrays, "vision"), streams, "vision", facts | extra, ctx)
+        mine = params_of(site_arrays, "vision")
+        streams, aux["vision"] = stack.transform(record, mine, streams, "vision", facts | extra, ctx)
     kept = streams.tokens("vision")
     record = program.transform("project")
     kept = pictures.in_order(kept, image.rows) if many and record is None else kept  # padding is not projected
@@ -260,12 +263,13 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     if record is not None:
         record = _of_crops(record, image)
         ctx = Ctx(phase=phase, site="project", key=key, spec=c.site_spec("project"))
-        visual = stack.transform(record, params_of(site_arrays, "project"), visual, "vision", facts | extra, ctx)
+        mine = params_of(site_arrays, "project")
+        visual, aux["project"] = stack.transform(record, mine, visual, "vision", facts | extra, ctx)
     rows, ends = visual.tokens("vision"), None
     rows = pictures.in_order(rows, image.rows) if many and record is not None else rows
     if many and c.newline and image.newlines is not None:
         ends = pictures.newline_rows(image, params["newline"].astype(rows.x.dtype), rows.meta, program.newlines)
-    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out, ends)
+    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out, ends, aux)
 
 
 def _of_crops(record, image):
