@@ -46,6 +46,11 @@ class Cut:
     name: str
     transform: Any
 
+    @property
+    def inside(self) -> bool:
+        """Whether it acts inside the layer, between attention and feed-forward."""
+        return getattr(self.transform, "inside", False)
+
 
 @contract
 class StackProgram:
@@ -154,7 +159,7 @@ def scheduled(reduce: dict, n_layers: int, site: str):
             at = f"{site}.{where}" if where else site
             expect(f"reduce[{at}]", where or "none", f"a layer between 1 and {n_layers - 1}, or a method with a schedule", ok)
             pairs.append((int(where), record))
-    return sorted(pairs, key=lambda p: p[0])
+    return sorted(pairs, key=lambda p: (p[0], getattr(p[1], "inside", False)))
 
 
 def collect_needs(cuts, cache, steering, site: str, n_layers: int) -> tuple[Need, ...]:
@@ -162,7 +167,8 @@ def collect_needs(cuts, cache, steering, site: str, n_layers: int) -> tuple[Need
     found = []
     for cut in cuts:
         for need in needs_of(cut.transform):
-            at = f"{site}.{cut.layer - 1}" if need.at == "last" else need.at
+            expect(f"need {need.name!r}", need.at, "'last' for a cut inside a layer", need.at != "next" or not cut.inside)
+            at = f"{site}.{cut.layer - (not cut.inside)}" if need.at == "last" else need.at
             if at.startswith(f"{site}."):
                 found.append(dataclasses.replace(need, at=absolute(at, n_layers)))
     for record in steering:

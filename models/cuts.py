@@ -32,7 +32,8 @@ def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, 
         for need in following:
             asked[need.name] = ev.answer(need, call, None, hidden=streams.x, k_raw=k, groups=streams.spans(), evidence=asked)
     ctx = Ctx(layer=at.layer, step=step, key=key, phase=phase, site=f"{program.site}.{at.layer}",
-              spec=block.spec(program.layers), hidden=streams.x)  # fmt: skip
+              spec=block.spec(program.layers), hidden=streams.x,
+              groups=tuple((name, *span) for name, span in streams.spans().items()))  # fmt: skip
     local = frozenset(need.name for need in (*program.needs, *following))
     name = getattr(record, "carries", None)
     state = carried.get(name, State())

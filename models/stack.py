@@ -68,29 +68,33 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
     if phase in ("decode", "extend"):
         pieces = [(c.start, c.stop, c, ()) for c in caches] if keep_cache else [(start, stop, None, ())]
     else:
-        cuts = [c for c in program.cuts if start < c.layer < stop]
-        edges = [start, *sorted({c.layer for c in cuts}), stop]
-        pieces = [(a, b, None, tuple(c for c in cuts if c.layer == b)) for a, b in zip(edges, edges[1:], strict=False)]
+        cuts = [c for c in program.cuts if start <= c.layer < stop and (c.inside or c.layer > start)]
+        edges = sorted({start, stop, *(c.layer for c in cuts), *(c.layer + 1 for c in cuts if c.inside)})
+        at = lambda b: tuple(c for c in cuts if c.layer + c.inside == b)  # noqa: E731
+        pieces = [(a, b, None, at(b)) for a, b in zip(edges, edges[1:], strict=False)]
     carried, told, given, shift = {}, {}, streams.meta.rope, None
     if phase == "prefill" and given is not None and given.ndim == 3:  # pictures take fewer positions than rows (M-RoPE)
         shift = _behind(streams.meta)
     for a, b, cache, cuts in pieces:
         if cache is not None:
             streams = _shifted(streams, given, cache.shift)
+        inside = [c for c in cuts if c.inside]
         streams, states, found, pending, extra = _segment(
             params, program, arrays, streams, a, b, phase=phase, mask=mask, cache=cache, states=states, step=step, key=key,
-            evidence=evidence, const=const, keep_cache=keep_cache, new_rows=new_rows,
+            evidence=evidence, const=const, keep_cache=keep_cache, new_rows=new_rows, whole_layers=not inside,
         )  # fmt: skip
         evidence |= _over_depth(program, evidence, found, a > start)
         aux.append(extra)
         if keep_cache:
             done.append(pending if cache is not None else pending.replace(shift=shift))
-        for cut in cuts:
+        for cut in sorted(cuts, key=lambda c: not c.inside):
             streams, carried, told[cut.name] = cut_rows(params, program, arrays, streams, cut, evidence, carried, mask=mask,
                                                         step=step, key=key, phase=phase)  # fmt: skip
             if getattr(cut.transform, "positions", "original") == "fresh":
                 streams = streams.replace(meta=fresh(streams.meta)[0])
                 shift = _behind(streams.meta)
+            if inside and cut is inside[-1]:
+                streams = _feed_forward(params, program, arrays, streams, states, a, phase=phase, step=step, key=key)
     if keep_cache and phase == "prefill":
         done = join_caches(done)
     joined = jax.tree.map(lambda *x: jnp.concatenate(x), *aux) if aux and jax.tree.leaves(aux) else {}
@@ -101,19 +105,25 @@ def run(params: dict, program: StackProgram, arrays: dict, streams: Streams, *, 
 
 
 def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, states, step, key, evidence, const,
-             keep_cache, new_rows):  # fmt: skip
+             keep_cache, new_rows, whole_layers=True):  # fmt: skip
+    """Layers [a, b); not ``whole_layers``: one layer up to its feed-forward."""
     block, policy = program.block, program.cache
     mask = B.mask(block, mask)
-    batch, n = streams.x.shape[:2]
-    spec = block.spec(program.layers, batch=batch, length=n + new_rows, dtype=streams.x.dtype.name)
-    base = Ctx(step=step, key=key, const=const, phase=phase, site=program.site, spec=spec)
-    groups = streams.spans()
+    batch = streams.x.shape[0]
+    unmerge = phase in ("train", "prefill") and any(getattr(s, "unmerge", False) for s in program.steering)
+    places = streams.places() if unmerge else None  # where attention happens, if not at the rows
+    groups = places.spans() if unmerge else streams.spans()
+    attended = streams.meta if places is None else places.meta
+    spec = block.spec(program.layers, batch=batch, length=attended.pos.shape[1] + new_rows, dtype=streams.x.dtype.name)
+    base = Ctx(step=step, key=key, const=const, phase=phase, site=program.site, spec=spec, groups=_spans(groups))
+    runs = _neurons(program, streams.spans())
     asked = program.needs if phase not in ("decode", "extend") else ()
     every = [x for x in asked if x.at.endswith(".*")]
     needs = [x for x in asked if not x.at.endswith(".*") and a <= int(x.at.rsplit(".", 1)[1]) < b]
     names = [need.name for need in (*every, *needs)]
     expect("needs", f"two requests called {max(names, key=names.count, default='')!r}", "a name for each kind of evidence",
            len(set(names)) == len(names))  # fmt: skip
+    expect("needs", names, "none of a layer in which rows are unmerged", places is None or not names)
     if keep_cache:
         if cache is None:
             state = policy.init_state(spec.replace(layers=b - a))
@@ -125,6 +135,8 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
     whole = a == 0 and b == program.layers  # no cut: parameters travel as plain scan inputs
     layer_states = {name: s.layer for name, s in states.items()}
     carry_states = {name: s.shared for name, s in states.items()}
+    handed = {f"steering.{i}": s for i, s in enumerate(program.steering) if hasattr(s, "blank")}
+    carry_states |= {name: s.blank(batch, attended.pos.shape[1], base.groups) for name, s in handed.items()}
 
     def body(carry, inputs):
         x, shared, carried, found = carry
@@ -133,16 +145,17 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
         if p is None:
             p = B.layer_of(params["layers"], layer)
         h = B.attention_input(p, block, x)
-        ctx = dataclasses.replace(base, layer=layer, x=h, hidden=x)
+        wide = (lambda rows: rows) if places is None else places.spread
+        ctx = dataclasses.replace(base, layer=layer, x=wide(h), hidden=wide(x))
         here = {name: State(B.layer_of(layer_states[name], layer), carried[name]) for name in states}
-        meta = streams.meta
+        meta = attended
         cache_state = State(B.layer_of(cache.state.layer, layer - a), shared) if keep_cache else None
         if keep_cache and hasattr(policy, "positions"):
             meta = policy.positions(policy_params, cache_state, meta, ctx)
-        q, k, v = B.project(p["attn"], block, h)
+        q, k, v = (wide(rows) for rows in B.project(p["attn"], block, h))
         length = B.rotary_length(block, meta)
         q_turned, k_turned = B.rotate(block, q, meta, length, layer), B.rotate(block, k, meta, length, layer)
-        side = _side(program, arrays, here, h, k, v, meta, ctx)
+        side = _side(program, arrays, here, ctx.x, k, v, meta, ctx)
         views: tuple = ()
         if keep_cache and phase != "prefill":
             q_seen, k_seen = (q_turned, k_turned) if policy.rotated else (q, k)
@@ -162,7 +175,11 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
             if callable(getattr(steer, "heads", None)):
                 name = f"steering.{i}"
                 out, here[name] = steer.heads(params_of(arrays, name), here[name], out, meta, ctx)
-        blocks = lambda x=x, out=out: _blocks(p, block, h, x, out)  # noqa: E731
+            if callable(getattr(steer, "observe", None)):
+                name = f"steering.{i}"
+                here[name] = steer.observe(params_of(arrays, name), here[name], call, part, ctx)
+        out = out if places is None else places.average(out, x.shape[1])
+        blocks = lambda x=x, out=out: _blocks(p, block, h, x, out, runs)  # noqa: E731
         ask_here = lambda need, x=x: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence,  # noqa: E731
                                                blocks=blocks)  # fmt: skip
         seen = {need.name: ask_here(need) for need in every}
@@ -176,10 +193,8 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
             stored = k_turned if policy.rotated else k
             pending = policy.pending(policy_params, cache_state, stored, v, meta, side, facts, ctx)
         x = B.attention_residual(p, block, x, out)
-        x = B.mlp_residual(p, block, x)
-        for i, steer in enumerate(program.steering):
-            if callable(getattr(steer, "hidden", None)):
-                x = steer.hidden(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], x, ctx)
+        if whole_layers:
+            x = _close(p, program, arrays, here, x, runs, dataclasses.replace(ctx, x=h, hidden=x))
         ys = (pending, {name: s.layer for name, s in here.items()}, aux, seen)
         return (x, shared, {name: s.shared for name, s in here.items()}, found), ys
 
@@ -190,6 +205,7 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
     carry = (streams.x, shared, carry_states, found)
     step_fn = jax.checkpoint(body, prevent_cse=False) if program.remat and phase == "train" else body
     (x, shared, carried, found), (pending, new_layer, aux, seen) = lax.scan(step_fn, carry, inputs)
+    carried |= {name: states[name].shared for name in handed}
     states = {
         name: State(_replace_layers(states[name].layer, new_layer[name], a, b, program.layers), carried[name])
         for name in states
@@ -225,9 +241,40 @@ def _shifted(streams: Streams, given, shift) -> Streams:
     return streams.replace(meta=meta.replace(rope=rope))
 
 
-def _blocks(p, block, h, x, out):
+def _blocks(p, block, h, x, out, runs):
     """((normalised input, output), ...) of the attention and the feed-forward sub-block."""
-    return (h, B.attention_output(p, block, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out))
+    return (h, B.attention_output(p, block, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out), runs)
+
+
+def _close(p, program, arrays, here, x, runs, ctx):
+    """The feed-forward sub-block, and what methods make of a layer's output."""
+    x = B.mlp_residual(p, program.block, x, runs)
+    for i, steer in enumerate(program.steering):
+        if callable(getattr(steer, "hidden", None)):
+            x = steer.hidden(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], x, ctx)
+    return x
+
+
+def _feed_forward(params, program, arrays, streams, states, layer: int, **where) -> Streams:
+    """What is left of a layer behind a cut inside it."""
+    groups = streams.spans()
+    spec = program.block.spec(program.layers, batch=streams.x.shape[0], dtype=streams.x.dtype.name)
+    ctx = Ctx(layer=jnp.int32(layer), site=program.site, spec=spec, hidden=streams.x, groups=_spans(groups), **where)
+    here = {name: State(B.layer_of(s.layer, layer), s.shared) for name, s in states.items()}
+    p = B.layer_of(params["layers"], layer)
+    return streams.replace(x=_close(p, program, arrays, here, streams.x, _neurons(program, groups), ctx))
+
+
+def _spans(groups: dict) -> tuple:
+    return tuple((name, *span) for name, span in groups.items())
+
+
+def _neurons(program, groups: dict) -> tuple:
+    """Runs of rows (see ``block.mlp_output``) where methods spare neurons; () where every row uses all."""
+    hidden = program.block.hidden
+    ask = [s.neurons for s in program.steering if hasattr(s, "neurons")]
+    runs = tuple((a, b, min([hidden, *(f(name, hidden) for f in ask)])) for name, (a, b) in groups.items())
+    return runs if any(n < hidden for _, _, n in runs) else ()
 
 
 def _replace_layers(old, new, a: int, b: int, n: int):

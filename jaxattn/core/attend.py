@@ -188,7 +188,7 @@ class _Tilt:
 def tilt(call: Call, gains: Array) -> Call:
     """The Call whose probabilities are p_j gain_c(j) / sum: gains [B, N, H, C], at least 0, become logits."""
     expect("gain", call.score_mod, "a score_mod that is not a gain already", not isinstance(call.score_mod, _Tilt))
-    log = jnp.log(jnp.maximum(gains, 1e-30))
+    log = jnp.where(gains > 0, jnp.log(jnp.maximum(gains, 1e-30)), -1e9)  # no trace of a class without gain
     row = call.row | {f"log_gain.{c}": log[..., c] for c in range(call.gain.groups)}
 
     def classed(meta, key):

@@ -205,6 +205,7 @@ class Ctx:
       const: read-only memory (e.g. visual rows for cross attention).
       phase: "train" | "prefill" (nothing cached before) | "extend" (several rows after a cache) |
         "decode" (one row).  site: "vision" | "llm" | "llm.8" ...  spec: the stack's Spec.
+      groups: ((name, first row, row behind the last), ...) of the stack's rows.
     """
 
     layer: Any = 0
@@ -216,6 +217,7 @@ class Ctx:
     phase: str = static("train")
     site: str = static("")
     spec: Any = static(None)
+    groups: tuple = static(())
 
 
 # ------------------------------------------------------------------------------------------------------ contracts
@@ -223,7 +225,8 @@ class Ctx:
 class Need:
     """A request for evidence from inside a forward pass. The answer is one array under ``name``.
 
-    what: "received" (rows' weighted sum of probabilities, per key), "hidden" (residual stream), "keys" (k before the
+    what: "received" (rows' weighted sum of probabilities, per key), "hidden" (residual stream; "hidden_mean" [B, C], its
+      mean over rows), "keys" (k before the
       rotary embedding), "rotated_keys", "values" ([B, N, G, D]), "rows" (probabilities of a few rows), "entropy",
       "value_received" ("received" with the values in place of queries and keys; "raw_value_received": not scaled by
       D ** -0.5), "transition" ([B, N], how far both
@@ -275,6 +278,7 @@ class Mixer(Protocol):
 class TokenTransform(Protocol):
     """Tokens and evidence in, fewer (or other) tokens out. ``rows(n)`` is the static number of rows that leave.
     Optional: ``needs() -> tuple[Need, ...]``; ``acts_on`` = "vision" | "text" | "all" (default "vision");
+    ``inside = True``: a cut at layer l acts inside it, between attention and feed-forward, and "last" is that layer;
     ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``;
     ``carries``, a name: the State that one cut of that name returns is what the next one of the stack gets (the first:
     an empty one). Values of rows in it are the record's to gather with the rows (``reduce.follow_rows``)."""
@@ -310,7 +314,15 @@ class Steering(Protocol):
     ``side(params, state, meta, ctx) -> {name: rows}`` per-key facts frozen beside the cache (found at prefill);
     ``call(params, state, call, ctx) -> Call``; ``heads(params, state, out [B, N, H, Dv], meta, ctx) -> (out, State)``;
     ``hidden(params, state, x, ctx) -> x`` on the block's output;
-    ``paired = True``: the batch is doubled, its second half without image rows; ``init_state(spec)``."""
+    ``paired = True``: the batch is doubled, its second half without image rows; ``init_state(spec)``;
+    ``blank(batch, rows, groups) -> pytree``: what layers hand to each other as ``State.shared`` within one pass, as a run of
+    layers with these rows begins (``groups`` as in Ctx; a cut begins another run);
+    ``observe(params, state, call, part, ctx) -> State``: looks at an attention that has run, its probabilities being those
+    of ``call`` with the mass ``part.lse``;
+    ``neurons(group, hidden) -> int``: how many of the ``hidden`` neurons of the feed-forward, from the first, the rows of a
+    group use;
+    ``unmerge = True``: queries, keys and values of a prompt stand at the places of all the tokens that merged rows carry,
+    caches keep them so, and the head outputs of a row's places are averaged."""
 
 
 @runtime_checkable
@@ -333,12 +345,28 @@ class Objective(Protocol):
     def loss(self, params: dict, state: State, forward: Any, batch: dict, key: Any) -> tuple[Array, dict]: ...
 
 
+@runtime_checkable
+class Trained(Protocol):
+    """A trained model that reads images, as conversions run it (functions ``(model, batches, key, ...) -> (model, artifact)``
+    registered for "conversion"; the artifact is a dict of numpy arrays).
+
+    ``layers``: {"vision": layers that are read, "llm": layers}; ``visual``: image rows that enter the language model.
+    ``run(batch, *, needs=(), **sockets)``: one pass of the model bound to these sockets (reduce, steering, ...), as an object
+    with ``hidden`` [R, C], the rows behind the last norm that predict answers; ``right`` bool [R]; ``evidence`` {name: array}
+    of the needs inside the language model; ``told`` {"vision" | "sites" | "llm": {cut or site: what its transform tells}}."""
+
+    layers: dict[str, int]
+    visual: int
+
+    def run(self, batch: dict, *, needs: tuple = (), **sockets) -> Any: ...
+
+
 def default_state(record, spec: Spec) -> State:
     return record.init_state(spec) if hasattr(record, "init_state") else State()
 
 
 __all__ = [
     "OPERAND", "Array", "Attention", "CachePolicy", "Call", "Const", "Ctx", "Meta", "Mixer", "Need", "Objective", "Part",
-    "Sampler", "Selection", "Spec", "State", "Steering", "TokenTransform", "Tokens", "View", "bucket", "contract", "data",
-    "default_state", "expect", "init_params", "is_contract", "operand", "settle", "split", "static",
+    "Sampler", "Selection", "Spec", "State", "Steering", "TokenTransform", "Tokens", "Trained", "View", "bucket", "contract",
+    "data", "default_state", "expect", "init_params", "is_contract", "operand", "settle", "split", "static",
 ]  # fmt: skip

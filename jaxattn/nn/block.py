@@ -151,14 +151,19 @@ def attention_output(p: dict, c: BlockConfig, x: Array, out: Array) -> Array:
     return norm(p["norm1_out"], c, y) if c.order == "both" else y
 
 
-def mlp_residual(p: dict, c: BlockConfig, x: Array) -> Array:
-    return _add(p, c, 2, x, mlp_output(p, c, x)[1])
+def mlp_residual(p: dict, c: BlockConfig, x: Array, runs: tuple = ()) -> Array:
+    return _add(p, c, 2, x, mlp_output(p, c, x, runs)[1])
 
 
-def mlp_output(p: dict, c: BlockConfig, x: Array) -> tuple[Array, Array]:
-    """(input, output) of the feed-forward sub-block at the residual stream x."""
+def mlp_output(p: dict, c: BlockConfig, x: Array, runs: tuple = ()) -> tuple[Array, Array]:
+    """(input, output) of the feed-forward sub-block at the residual stream x. runs: ((first row, row behind the last,
+    neurons), ...), where runs of rows use the first of its neurons only."""
     h = x if c.order == "post" else norm(p["norm2"], c, x)
-    y = layers.mlp(p["mlp"], h, c.activation)
+    if runs:
+        part = lambda a, b, n: layers.mlp(layers.first_neurons(p["mlp"], n), h[:, a:b], c.activation)  # noqa: E731
+        y = jnp.concatenate([part(*run) for run in runs], 1)
+    else:
+        y = layers.mlp(p["mlp"], h, c.activation)
     return h, norm(p["norm2_out"], c, y) if c.order == "both" else y
 
 

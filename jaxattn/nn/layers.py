@@ -94,6 +94,20 @@ def mlp(p: dict, x: Array, activation: str) -> Array:
     return dense(p["down"], hidden)
 
 
+def first_neurons(p: dict, n: int) -> dict:
+    """Parameters of a feed-forward with its first ``n`` hidden neurons only."""
+
+    def outputs(d):
+        cut = {name: x[..., :n] for name, x in d.items() if name in ("kernel", "bias")}
+        return {**cut, "lora": {**d["lora"], "b": d["lora"]["b"][:, :n]}} if "lora" in d else cut
+
+    def inputs(d):
+        cut = {**d, "kernel": d["kernel"][:n]}
+        return {**cut, "lora": {**d["lora"], "a": d["lora"]["a"][:n]}} if "lora" in d else cut
+
+    return {name: inputs(d) if name == "down" else outputs(d) for name, d in p.items()}
+
+
 def pure(module: nnx.Module) -> dict:
     """The parameters of a module as a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))

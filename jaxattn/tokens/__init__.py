@@ -75,6 +75,7 @@ from jaxattn.tokens.vflowopt import (
 )
 from jaxattn.tokens.visiondrop import dominant_contextual, visiondrop, visiondrop_encode, visiondrop_stages
 from jaxattn.tokens.vtc_cls import vtc_cls, vtc_cls_scores
+from jaxattn.tokens.yopo import neighbourhood, yopo, yopo_heads, yopo_mask
 from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zoo_prune_picks, zoo_prune_select
 
 __all__ = [
@@ -87,13 +88,13 @@ __all__ = [
     "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "information_flow", "init_perceiver", "last_ratio",
     "last_token_agreement", "layer_flops", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
     "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan",
-    "mustdrop_trim", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy", "patch_scores",
-    "pointer_logits", "pointer_target", "policy_attention", "pyramiddrop", "quota", "quota_counts", "quota_frames",
-    "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES", "quota_scores", "quota_shares", "random",
-    "read_back", "real_patches", "recycle", "region_weight", "run_ends", "scorer_loss", "sensitivity",
+    "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy",
+    "patch_scores", "pointer_logits", "pointer_target", "policy_attention", "pyramiddrop", "quota", "quota_counts",
+    "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES", "quota_scores", "quota_shares",
+    "random", "read_back", "real_patches", "recycle", "region_weight", "run_ends", "scorer_loss", "sensitivity",
     "straight_through", "text_prior", "textmonkey", "textmonkey_redundancy", "tie_seed", "todre", "todre_exit",
     "todre_picks", "todre_select", "token_transition", "transprune", "transprune_scores", "trend_weights", "uniform",
     "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages",
-    "visiondrop", "visiondrop_encode", "visiondrop_stages", "vtc_cls", "vtc_cls_scores", "window_similarity",
-    "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
+    "visiondrop", "visiondrop_encode", "visiondrop_stages", "vtc_cls", "vtc_cls_scores", "window_similarity", "yopo",
+    "yopo_heads", "yopo_mask", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip

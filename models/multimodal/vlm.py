@@ -96,7 +96,8 @@ class VLM(nnx.Module):
 @data
 class Visual:
     """What the language model gets to see of an image: rows [B, K, C] with Meta, and the evidence found on the way;
-    ``newlines``: rows [B, L, C] that end its lines, or None; ``aux``: what the transform of each site tells beside."""
+    ``newlines``: rows [B, L, C] that end its lines, or None; ``aux``: what the transform of each site tells beside;
+    ``origin``: Meta of the rows that ``slot`` follows, before any reduction."""
 
     x: Array
     meta: Meta
@@ -106,6 +107,7 @@ class Visual:
     tower: stack.StackOut
     newlines: Tokens | None = None
     aux: dict = dataclasses.field(default_factory=dict)
+    origin: Meta | None = None
 
 
 def bind(c: VLMConfig, params, *, attention=None, reduce=None, cache=None, steering=None, vision_attention=None, remat=False,
@@ -215,6 +217,8 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     """
     program, arrays, params = bound
     c: VLMConfig = program.config
+    if hasattr(c, "see"):  # a model whose visual rows come about in another way
+        return c.see(bound, image, prompt=prompt, dtype=dtype, phase=phase, key=key, out=out)
     needs = {need.name: need for need in program.stack("vision").needs}
     rest = None
     if out is None:  # layers behind the select layer run only where a method looks into them
@@ -259,7 +263,7 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     x = towards(kept.x, kept.meta.pos)
     groups = {"vision": (x, kept.meta)}
     visual = stack.streams_of(groups)
-    visual = visual.replace(slots={"vision": kept.slot})
+    visual = visual.replace(slots={"vision": kept.slot}, origins=streams.origins)
     if record is not None:
         record = _of_crops(record, image)
         ctx = Ctx(phase=phase, site="project", key=key, spec=c.site_spec("project"))
@@ -269,7 +273,9 @@ def see(bound: Bound, image: Array, *, prompt=None, dtype=None, phase: str = "pr
     rows = pictures.in_order(rows, image.rows) if many and record is not None else rows
     if many and c.newline and image.newlines is not None:
         ends = pictures.newline_rows(image, params["newline"].astype(rows.x.dtype), rows.meta, program.newlines)
-    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out, ends, aux)
+    origin = image.patches if many else visual.origins.get("vision", rows.meta)
+    origin = jax.tree.map(lambda a: jnp.broadcast_to(a, (rows.x.shape[0], *a.shape[1:])), origin)
+    return Visual(rows.x, rows.meta, rows.slot, facts, features.x, out, ends, aux, origin)
 
 
 def _of_crops(record, image):
@@ -294,7 +300,12 @@ def question_meta(c: VLMConfig, batch: dict) -> tuple[Meta, object]:
     all questions take the same positions, right after the image's."""
     segment, position = jnp.asarray(batch["segment"]), jnp.asarray(batch["position"])
     order = c.visual + jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
-    meta = Meta(order, segment > 0, rope=c.visual + position, labels={"segment": segment})
+    labels = {"segment": segment}
+    if "loss_mask" in batch:  # "answer": rows that feed the words of an answer back
+        told = jnp.asarray(batch["loss_mask"]) > 0
+        ahead = lambda x: jnp.pad(x[:, :-1], [(0, 0), (1, 0)])  # noqa: E731
+        labels["answer"] = (told & ahead(told) & (ahead(segment) == segment)).astype(jnp.int32)
+    meta = Meta(order, segment > 0, rope=c.visual + position, labels=labels)
     return meta, masks.causal() & (masks.same("segment") | masks.key_is("segment", 0))
 
 
@@ -318,15 +329,17 @@ def forward(bound: Bound, image: Array, tokens: Array, *, meta: Meta | None = No
     if visual is None:
         visual = see(bound, image, prompt=(text, meta.valid), dtype=dtype, phase=phase, key=key)
     expect("image", f"{visual.x.shape[0]} of them", f"one for each of the {len(tokens)} prompts", len(visual.x) == len(tokens))
-    seen = visual.meta
+    seen, origin = visual.meta, visual.origin
     if image_at is not None:
         before = jnp.asarray(image_at, jnp.int32).reshape(-1, 1)
-        seen = seen.replace(pos=seen.pos + before, rope=None if seen.rope is None else seen.rope + before)
+        shift = lambda m: m.replace(pos=m.pos + before, rope=None if m.rope is None else m.rope + before)  # noqa: E731
+        seen, origin = shift(seen), None if origin is None else shift(origin)
     groups = {"vision": (visual.x, seen), "text": (text, meta)}
     if visual.newlines is not None:
         groups["newline"] = (visual.newlines.x, visual.newlines.meta)
     streams = stack.streams_of(groups)
-    streams = streams.replace(slots={**streams.slots, "vision": visual.slot})
+    streams = streams.replace(slots={**streams.slots, "vision": visual.slot},
+                              origins={} if origin is None else {"vision": origin})  # fmt: skip
     out = stack.run(params["llm"], program.stack("llm"), subset(arrays, "llm"), streams, phase=phase, mask=mask, key=key,
                     evidence=visual.evidence, new_rows=new_rows, **run)  # fmt: skip
     start, stop = out.streams.span("text")
