@@ -87,6 +87,10 @@ def answer(need: Need, call: Call, part: Part | None, *, hidden, k_raw, groups: 
     if need.what == "between":
         return _between(need, call, None if part is None else part.lse, meta, groups)
     index, weights = row_weights(need.rows, meta, groups, evidence, need.total)
+    if need.what == "hidden_mean":
+        mine = hidden if index is None else jnp.take_along_axis(hidden, index[..., None], axis=1)
+        mine = jnp.einsum("bn,bnc->bc", weights, mine.astype(jnp.promote_types(hidden.dtype, jnp.float32)))
+        return stop(mine.astype(hidden.dtype))
     if need.what == "received" and need.iterate > 1:
         found = statistics.iterated(call, jnp.broadcast_to(weights, (batch, n)), need.iterate, need.temperature)
         return over_heads(found, need.over_heads)

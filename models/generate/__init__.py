@@ -66,7 +66,7 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     twice = (lambda x: jnp.concatenate([x, x])) if paired else (lambda x: x)
     if isinstance(program.config, vlm.VLMConfig):
         expect("image", None, "an image per prompt, or Pictures", image is not None)
-        meta = _prompt_meta(lengths, t)
+        meta = prompt_meta(lengths, t)
         if isinstance(image, Pictures):
             expect("image.text", f"shape {image.text.shape}", f"one place for each of the tokens, {(b, t)}",
                    image.text.shape == (b, t))  # fmt: skip
@@ -87,13 +87,19 @@ def prefill(bound: Bound, tokens: Array, *, image=None, lengths=None, max_new: i
     else:
         after = lengths
         expect("steering", "a paired method", "one that needs no image in a language model", not paired)
-        meta = _prompt_meta(lengths, t)
+        meta = prompt_meta(lengths, t)
         out = llm.forward(bound, tokens, meta=meta, phase="prefill", dtype=dtype, key=key, new_rows=max_new, logits=False)
     hidden = jnp.take_along_axis(out.hidden[:b], (lengths - 1)[:, None, None], axis=1)
-    c, weights = language(program)
-    last = llm.head(weights(params), c, hidden)[:, 0]  # of one row: a vocabulary wide for the whole prompt is much
-    state = Decoding(jnp.zeros(b, jnp.int32), after, out.stack.caches, out.stack.states, sampling.fresh(sampler),
-                     jnp.zeros(b, bool), jnp.int32(0), key)  # fmt: skip
+    return ready(bound, hidden, after, out.stack.caches, out.stack.states, sampler, sampler_params, key)
+
+
+def ready(bound: Bound, hidden: Array, after: Array, caches, states, sampler, sampler_params, key) -> tuple[Array, Decoding]:
+    """What ``prefill`` returns, from the last row of each prompt behind the last norm [B, 1, C] and the position behind it."""
+    c, weights = language(bound.program)
+    last = llm.head(weights(bound.params), c, hidden)[:, 0]  # of one row: a vocabulary wide for the whole prompt is much
+    b = hidden.shape[0]
+    state = Decoding(jnp.zeros(b, jnp.int32), after, caches, states, sampling.fresh(sampler), jnp.zeros(b, bool), jnp.int32(0),
+                     key)  # fmt: skip
     return last, _sample(sampler, sampler_params or {}, state, last, hidden[:, 0])
 
 
@@ -106,7 +112,7 @@ def _for_all(image_at, b: int, twice):
     return None if image_at is None else twice(jnp.broadcast_to(jnp.asarray(image_at, jnp.int32), (b,)))
 
 
-def _prompt_meta(lengths, t: int) -> Meta:
+def prompt_meta(lengths, t: int) -> Meta:
     pos = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (lengths.shape[0], t))
     return Meta(pos, jnp.arange(t) < lengths[:, None], labels={"kind": jnp.zeros(pos.shape, jnp.int32)})
 

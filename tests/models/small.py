@@ -22,6 +22,12 @@ def sharpen(params: dict, factor: float = 3.0) -> dict:
     return jax.tree.map(lambda x: x * factor if x.ndim > 1 else x, params)
 
 
+def quick(f, **options):
+    """``jax.jit`` of a program that runs a few times: half of the time would go into optimising it."""
+    cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(f, compiler_options=cheap, **options)
+
+
 @functools.cache
 def llm_params():
     return sharpen(llm.init(LLM, 1))
