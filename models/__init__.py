@@ -13,10 +13,13 @@ from models.bind import Bound, Program, by_layer, dense
 from models.generate import generate, stream
 from models.hub import from_pretrained, save_pretrained
 from models.language import encoder, llm
-from models.multimodal import dual, vlm
+from models.multimodal import dual, langdc, textmonkey, vlm
 from models.vision import vit
 
-_FAMILIES = {llm.LLMConfig: llm, encoder.EncoderConfig: encoder, vit.ViTConfig: vit, dual.DualConfig: dual, vlm.VLMConfig: vlm}
+_FAMILIES = {
+    llm.LLMConfig: llm, encoder.EncoderConfig: encoder, vit.ViTConfig: vit, dual.DualConfig: dual, vlm.VLMConfig: vlm,
+    langdc.LangDCConfig: langdc, textmonkey.TextMonkeyConfig: textmonkey,
+}  # fmt: skip
 
 
 def bind(model: Bound, **sockets) -> Bound:
@@ -32,5 +35,5 @@ def build(config, seed: int = 0, **sockets) -> Bound:
     return family.bind(config, family.init(config, seed), **sockets)
 
 
-__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "dual", "encoder", "from_pretrained", "generate", "llm",
-           "sampling", "save_pretrained", "stream", "vit", "vlm"]  # fmt: skip
+__all__ = ["Bound", "Program", "bind", "build", "by_layer", "dense", "dual", "encoder", "from_pretrained", "generate",
+           "langdc", "llm", "sampling", "save_pretrained", "stream", "textmonkey", "vit", "vlm"]  # fmt: skip

@@ -92,6 +92,8 @@ class _TextMonkey:
     mode: str = "keep"
     positions: str = "original"
 
+    place = "project"
+
     def check(self):
         check_budget(self.keep, self.mode, self.positions)
         ok = self.width is None or (self.width >= self.heads and self.width % self.heads == 0)
