@@ -1,0 +1,1 @@
+"""Small trainings that show what a method learns, on data that comes with the library: each runs in minutes."""
