@@ -14,7 +14,7 @@ from jaxattn.core.mask import block_map
 from jaxattn.core.types import Array, Call, Meta, Part, Selection, View, contract, expect
 from pallas_kernels import _tuned
 from pallas_kernels import gather as lists
-from pallas_kernels.flash import Options, flash
+from pallas_kernels.flash import Options, flash, walks
 from pallas_kernels.profile import column_sums
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path, where a chip's own are not known
@@ -247,6 +247,8 @@ def attend_lowered(operands: dict, options: Options, listed: bool, implementatio
         operands = operands | {x: _by_query(operands[x], n, options.tile) for x in PER_LIST if x in operands}
     elif not (listed and plain and known and (rows == n > 1 or rows == 1 and n <= FEW and many)):
         return flash(operands, options, implementation)
+    elif rows == 1 and implementation is None and walks(operands, options):
+        return flash(operands, options)
     static = lists.Options(options.mask, options.scale, options.unit, distinct=options.distinct, **operands.get("rope", {}))
     operands = {x: a for x, a in operands.items() if x not in ("row", "key", "rope")}
     return lists.gather(operands, static, implementation)[:2]

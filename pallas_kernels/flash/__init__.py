@@ -36,19 +36,32 @@ from pallas_kernels._mesh import Dims
 from pallas_kernels.flash import cpu, lists, reference, xla
 
 
+def _by_core(operands: dict, options: Options):
+    """On CPU: the call as every device makes it that walks its heads one by one, alone or where a mesh can cut the call
+    over all of its devices. None elsewhere."""
+    if not (on_cpu() and cpu.takes(operands, options)):
+        return None
+    if alone():
+        return cpu.flash
+    sizes, names = _mesh.free_axes(), dims(operands, options)
+    cut = {axis for axes in _mesh.cuts(operands, names, sizes).values() for axis in axes}
+    if sizes and all(n == 1 or axis in cut for axis, n in sizes.items()):
+        return _mesh.spread(cpu.flash, names)
+    return None
+
+
 def _xla(operands: dict, options: Options):
-    """On CPU, every device walks its heads one by one: alone, or where a mesh can cut the call over all of its devices.
-    Elsewhere heads stay an array axis, which XLA cuts as it likes."""
-    if on_cpu() and cpu.takes(operands, options):
-        if alone():
-            return cpu.flash(operands, options)
-        sizes, names = _mesh.free_axes(), dims(operands, options)
-        cut = {axis for axes in _mesh.cuts(operands, names, sizes).values() for axis in axes}
-        if sizes and all(n == 1 or axis in cut for axis, n in sizes.items()):
-            return _mesh.spread(cpu.flash, names)(operands, options)
-    return xla.flash(operands, options)
+    """Head by head on the cores of a CPU. Elsewhere heads stay an array axis, which XLA cuts as it likes."""
+    return (_by_core(operands, options) or xla.flash)(operands, options)
 
 
+def walks(operands: dict, options: Options) -> bool:
+    """Whether a few queries with one list per head are faster here than by ``pallas_kernels.gather``: on the cores of a CPU,
+    where whole units are listed."""
+    return options.unit >= UNIT and _by_core(operands, options) is not None
+
+
+UNIT = 16  # keys of a unit from which on a core reads units one by one as fast as all heads together
 # Bodies that a call without a name may use. The accelerator bodies compile for their targets and agree with the reference
 # in interpret mode; each joins once its values and its speed have been measured on a device.
 MEASURED = frozenset({"xla"})

@@ -4,7 +4,8 @@ Scores of a step stay in a core's cache, and a step whose listed units are all s
 read again and again are laid out once per head, end to end; others are read where they lie ([B, M, G, D]). Heads are walked one after another, so this body is for a device that
 holds all it computes: alone, or inside a shard_map with a core per device. The mathematics of a tile pair is ``xla``'s.
 
-A device that owns several cores takes several heads per step instead, for XLA to share out among its threads.
+A device that owns several cores takes several heads per step instead, for XLA to share out among its threads. Few
+queries that read one list for all heads take the heads side by side, too: whole rows of the cache, each read once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pallas_kernels.flash.lists import full_entries
 KEYS, TABLE = 2048, 1 << 18  # keys and scores of one softmax; longer lists are merged group by group
 ROWS = 128  # query rows that heads of one kv head share a step up to
 SCORES = 1 << 20  # of a step on a device with several cores
+FEW, BESIDE, SLAB = 16, 8, 1 << 17  # rows of a kv head, heads, and floats of keys that are read side by side
 COPY = 2  # times that lists must read a head's keys before laying them out pays
 BACKWARD = 512  # keys of a list up to which the gradient, too, goes head by head; beyond, heads together measured faster
 
@@ -39,7 +41,7 @@ def takes(o: dict, opt) -> bool:
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """``heads``: (kv heads, query heads of each) per step, neighbours all; ``units`` of the keys; ``group``: list entries of
-    one softmax."""
+    one softmax; ``beside``: keys of a step's heads stay side by side, [1, 1, 1, c, unit, g * E]."""
 
     b: int
     g: int
@@ -49,6 +51,7 @@ class _Plan:
     heads: tuple[int, int]
     group: int
     groups: int
+    beside: bool
 
     @property
     def outer(self) -> int:
@@ -61,21 +64,29 @@ class _Plan:
 
     @property
     def copies(self) -> bool:
-        return self.inner * self.group * self.groups >= COPY * self.units
+        return not self.beside and self.inner * self.group * self.groups >= COPY * self.units
 
 
 def _plan(o: dict, opt) -> _Plan:
     (b, _, h, _), (m, g) = o["q"].shape, o["k"].shape[1:3]
     r, k = h // g, o["index"].shape[3]
-    groups = -(-k * opt.unit // min(KEYS, max(TABLE // opt.tile, opt.unit)))
-    group = -(-k // groups)
-    room = max(1, SCORES // (opt.tile * group * opt.unit)) if jax.device_count() == 1 else 1
-    shared = o["index"].shape[1] != h or r == 1
-    heads_r = r if shared and (r * opt.tile <= ROWS or r <= room) else 1
-    heads_g = 1
-    if heads_r == r:
-        heads_g = max(x for x in range(1, g + 1) if g % x == 0 and x <= max(room // r, 1))
-    return _Plan(b, g, r, o["index"].shape[2], -(-m // opt.unit), (heads_g, heads_r), group, -(-k // group))
+    beside = o["index"].shape[1] == 1 and r * opt.tile <= FEW and _divisor(g, BESIDE) > 1
+    most = min(KEYS, max(TABLE // opt.tile, opt.unit))
+    if beside:
+        heads = _divisor(g, BESIDE), r
+        most = max(opt.unit, SLAB // (heads[0] * o["k"].shape[3]))
+    group = -(-k // -(-k * opt.unit // most))
+    if not beside:
+        room = max(1, SCORES // (opt.tile * group * opt.unit)) if jax.device_count() == 1 else 1
+        shared = o["index"].shape[1] != h or r == 1
+        heads_r = r if shared and (r * opt.tile <= ROWS or r <= room) else 1
+        heads = _divisor(g, max(room // r, 1)) if heads_r == r else 1, heads_r
+    return _Plan(b, g, r, o["index"].shape[2], -(-m // opt.unit), heads, group, -(-k // group), beside)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of ``n`` up to ``most``."""
+    return max(x for x in range(1, most + 1) if n % x == 0)
 
 
 def _pad(x, axis: int, size: int):
@@ -182,8 +193,14 @@ class _Place:
         return jnp.stack([unit, head], -1)
 
     def reader(self, x):
-        """``f(index [1, ., ., c]) -> [1, g, 1|r, c, unit, E]`` of keys [B * units, unit, G, E]."""
+        """``f(index [1, ., ., c]) -> [1, g, 1|r, c, unit, E]``, or heads side by side, of keys [B * units, unit, G, E]."""
         p, (_, unit, _, e), inside = self.p, x.shape, lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        if p.beside:
+            sizes = (1, unit, p.heads[0], e)
+            one = lambda i: lax.dynamic_slice(x, (self.b * p.units + i, 0, self.g, 0), sizes)  # noqa: E731
+            flat = lambda i: one(i).reshape(unit, -1)  # noqa: E731
+            slab = lambda index: jnp.concatenate([flat(i) for i in index.ravel()])  # noqa: E731
+            return lambda index: lax.optimization_barrier(slab(index)).reshape(*index.shape, unit, -1)
         if p.copies:
             panel = lax.dynamic_slice(x, (self.b * p.units, 0, self.g, 0), (p.units, unit, p.heads[0], e))
             panel = jnp.moveaxis(panel, 2, 0).reshape(-1, unit, e)
@@ -371,7 +388,7 @@ def _fwd(floats, ints, opt):
 def _bwd(opt, saved, cotangents):
     floats, ints, out, lse = saved
     o = floats | ints
-    if o["index"].shape[3] * opt.unit > BACKWARD:
+    if o["index"].shape[3] * opt.unit > BACKWARD or _plan(o, opt).beside:
         return xla.push_floats(floats, ints, opt, xla._backward(o, opt, out, lse, *cotangents)), None
     found, (rows, keys, tables) = _backward(o, opt, out, lse, *cotangents)
     bare = {x: floats[x][..., :0] for x in "qkv"}

@@ -149,7 +149,9 @@ def _merge_units(x):
 
 
 def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
-    """Products against key tiles that carry the r axis (per-query-head lists) or not."""
+    """Products against key tiles that carry the r axis (per-query-head lists) or not, or all heads side by side."""
+    if b.shape[1] != a.shape[1]:
+        return _scores_beside(a, b[0, 0, 0], acc) if spec_shared.endswith("u") else _values_beside(a, b[0, 0, 0], acc)
     if a.shape[:2] == (1, 1) and b.shape[:3] == (1, 1, 1):  # of one head: XLA on CPU transposes operands with batch axes
         over = ((1,), (1 if spec_shared.endswith("u") else 0,))
         s = lax.dot_general(a.reshape(-1, a.shape[-1]), b[0, 0, 0], (over, ((), ())), preferred_element_type=acc)
@@ -157,6 +159,28 @@ def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
     if b.shape[2] == 1:
         return jnp.einsum(spec_shared, a, b[:, :, 0], preferred_element_type=acc)
     return jnp.einsum(spec_per_row, a, b, preferred_element_type=acc)
+
+
+def _scores_beside(q, k, acc):
+    """q [1, g, r, t, D], k [u, g * D] -> [1, g, r, t, u]: a product with each head's queries in its own channels and zeros
+    in the others', so that k is read once and as it lies. Where keys are not finite, 0 times them is not 0: head by head."""
+    g, (u, _) = q.shape[1], k.shape
+    flat = jnp.moveaxis(q.reshape(g, -1, q.shape[4]), 2, 1)  # [g, D, r * t]
+    spread = flat[:, :, None] * jnp.eye(g, dtype=q.dtype)[:, None, :, None]
+    s = jnp.dot(k, spread.reshape(k.shape[1], -1), preferred_element_type=acc)
+    s = lax.optimization_barrier(s).T.reshape(*q.shape[:4], u)  # XLA would turn the product around, which is slow
+
+    def alone():
+        return jnp.einsum("bgrtd,ugd->bgrtu", q, k.reshape(u, g, -1), preferred_element_type=acc)
+
+    return lax.cond(jnp.isfinite(s).all(), lambda: s, alone)
+
+
+def _values_beside(p, v, acc):
+    """p [1, g, r, t, u], v [u, g * E] -> [1, g, r, t, E]: every head's rows times every head's values, whose own are kept."""
+    g, rows = p.shape[1], p.shape[2] * p.shape[3]
+    every = jnp.dot(p.reshape(-1, p.shape[4]), v, preferred_element_type=acc).reshape(g, rows, g, -1)
+    return jnp.stack([every[x, :, x] for x in range(g)]).reshape(*p.shape[:4], -1)
 
 
 def _logits(diff: dict, ints: dict, opt, acc):
@@ -184,10 +208,16 @@ def _logits(diff: dict, ints: dict, opt, acc):
 def finite(diff: dict, v, ints: dict):
     """The inputs with 0 in place of what is not finite in keys and values, and a note of the keys it stood in: rows that
     see one get NaN, and to others it is nothing, where 0 x NaN would reach them too."""
-    k = diff["k"]
-    broken = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
+    k, g = diff["k"], diff["q"].shape[1]
+    whole = jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1) if k.shape[1] == g else _finite_beside(k, g) & _finite_beside(v, g)
+    broken = ~whole
     k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     return diff | {"k": k}, v, ints | {"broken": broken}
+
+
+def _finite_beside(x, g: int):
+    """x [1, 1, 1, c, u, g * E] -> bool [1, g, 1, c, u]."""
+    return jnp.moveaxis(jnp.isfinite(x.reshape(*x.shape[3:5], g, -1)).all(-1), 2, 0)[None, :, None]
 
 
 def _visible(ints: dict, opt):

@@ -15,6 +15,9 @@ from tests.pallas_kernels.flash.calls import CALLS, call, compare
 BODIES = {"reference": reference.flash, "heads together": xla.flash, "head by head": cpu.flash}
 LISTS = {
     "grouped heads": dict(n=40, m=61, b=2, h=4, g=2, tile=16, unit=8, k=5, mask=masks.causal(), key_bias=4),
+    "few rows, heads side by side": dict(
+        n=3, m=61, b=2, h=8, g=4, tile=3, unit=8, k=7, mask=masks.causal(), key_bias=8, padded=2, bounds=True
+    ),
     "lists per query head": CALLS["127: a list per query head, score_mod"] | dict(bounds=True),
 }
 
@@ -22,8 +25,9 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_head_by_head_is_the_reference(rng, monkeypatch, name):
     """Whole lists in one softmax, and, where lists are long, several merged."""
-    if name == "grouped heads":
-        monkeypatch.setattr(cpu, "KEYS", 16)
+    monkeypatch.setattr(cpu, "KEYS", 16 if name == "grouped heads" else cpu.KEYS)
+    monkeypatch.setattr(cpu, "SLAB", 256)  # of few rows: two of the seven units in one softmax
+    monkeypatch.setattr(cpu, "BESIDE", 2)
     o, opt = call(rng, **LISTS[name])
     compare(cpu.flash, lists.clean(o, opt), opt, 1e-5)
 
@@ -83,6 +87,21 @@ def test_what_is_hidden_may_be_nan(rng, name):
     np.testing.assert_allclose(out[:, ~sees], want[:, ~sees], atol=1e-5)
     np.testing.assert_array_equal(jnp.isneginf(lse[:, ~sees]), jnp.isneginf(want_lse[:, ~sees]))
     np.testing.assert_allclose(dq[:, ~sees], dq_want[:, ~sees], atol=1e-5)
+
+
+def test_few_rows_keep_a_head_s_nan_to_itself(rng, monkeypatch):
+    """Heads whose keys are read side by side: one's NaN or infinity is not the others', and a hidden one is nobody's."""
+    monkeypatch.setattr(cpu, "SLAB", 128)
+    o, opt = call(rng, n=2, m=32, h=4, g=2, tile=2, unit=8)
+    o["k_valid"] = jnp.asarray(np.arange(32)[None] != 3)
+    assert cpu._plan(o, opt).beside and cpu._plan(o, opt).groups == 4
+    bad = o | {"k": o["k"].at[:, 3].set(jnp.nan).at[:, 20, 0, 1].set(jnp.nan), "v": o["v"].at[:, 3, 1].set(jnp.inf)}
+    bad["v"] = bad["v"].at[:, 9, 0, 0].set(jnp.nan)
+    body = jax.jit(lambda o: cpu.flash(lists.clean(o, opt), opt))
+    (out, lse), (want, want_lse) = body(bad), body(o)
+    assert np.isnan(out[:, :, :2]).all() and np.isnan(lse[:, :, :2]).all()
+    np.testing.assert_allclose(out[:, :, 2:], want[:, :, 2:], atol=1e-6)
+    np.testing.assert_allclose(lse[:, :, 2:], want_lse[:, :, 2:], atol=1e-6)
 
 
 def test_lists_of_nothing_and_indices_outside_the_keys(rng):
