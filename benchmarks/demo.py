@@ -100,7 +100,7 @@ def trained(config: VLM) -> tuple[dict, dict[str, Any]] | None:
 def run(demo: Demo) -> int:
     """Train or load, measure, draw; returns the exit status."""
     # Imported here, so that --help and mistakes on the command line answer at once.
-    from benchmarks.boards import plots, table, tokens
+    from benchmarks.boards import budgets, plots, table, tokens
     from train import tasks
     from train.__main__ import run as train
     from train.data import vlm_dataset
@@ -111,7 +111,9 @@ def run(demo: Demo) -> int:
     config, clock, console = demo.training(), Clock(), Console()
     vocabulary = Vocabulary()
     model = tasks.scene_model(config, len(vocabulary))
-    entries = tokens.plan(demo.methods, demo.budgets, model)  # a wrong name or budget is an error before any training
+    entries, unfit = budgets.plan(demo.methods, demo.budgets, model)  # a wrong name is an error before any training
+    if unfit:
+        raise ValueError(f"methods: expected some that meet the budgets, got {unfit[0].method}: {unfit[0].reason}")
 
     found = trained(config)
     if found is not None:
@@ -154,9 +156,10 @@ def run(demo: Demo) -> int:
 def read_all(entries, budgets: Sequence[int], model, params, vocabulary, images) -> dict[str, list[list[str]]]:
     """What the full model and every method at the middle budget read in each image."""
     from benchmarks.boards import tokens
+    from benchmarks.boards.budgets import FULL
 
     middle = sorted(budgets)[len(budgets) // 2]
-    chosen = [e for e in entries if e.method == tokens.FULL or e.budget == middle]
+    chosen = [e for e in entries if e.method == FULL or e.budget == middle]
     found = {}
     for number, e in enumerate(chosen, 1):
         began = time.perf_counter()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.boards.tokens import FULL, RANKED, Result
+from benchmarks.boards.budgets import FULL
+from benchmarks.boards.tokens import RANKED, Result
 
 COLOURS = ("#8a8a8a", "#1f5fa8", "#d1495b", "#2e933c", "#e09f3e", "#6f4e9c", "#1b998b", "#a44a3f")
 
@@ -94,3 +95,62 @@ def shade(grey: np.ndarray, slot: np.ndarray, grid: tuple[int, int]) -> np.ndarr
     tint = tint.repeat(height, 0).repeat(width, 1)
     kept = (slot >= 0).reshape(grid).repeat(height, 0).repeat(width, 1)[..., None]
     return np.where(kept, np.maximum(tint * 0.75, grey), 0.22 * grey)
+
+
+def standings(found, path: Path, kinds: Sequence[str], most: int = 6) -> None:
+    """Accuracy of each kind over the budget: the methods that are best at the second smallest budget in colour, plain
+    baselines dotted, all others thin and grey (PNG). found: ``ranking.Standing``s."""
+    full = [s for s in found if s.entry.method == FULL]
+    budgets = sorted({s.entry.budget for s in found if s.entry.method != FULL})
+    by_method: dict = {}
+    for s in found:
+        if s.entry.method != FULL:
+            by_method.setdefault(s.entry.method, []).append(s)
+    middle = budgets[min(1, len(budgets) - 1)]
+    at = {m: next((s.mean for s in rows if s.entry.budget == middle), 0.0) for m, rows in by_method.items()}
+    plain = [m for m in ("random", "uniform", "mean_pool") if m in by_method]
+    best = [m for m in sorted(at, key=lambda m: -at[m]) if m not in plain][:most]
+    columns = list(kinds) if len(kinds) <= 4 else list(kinds)[:4]
+    figure = blank(3.1 * len(columns), 3.5)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, kind in zip(panels, columns, strict=True):
+        if full:
+            panel.axhline(100 * full[0].share(kind), color="black", linewidth=0.8, linestyle="--", label="full")
+        for method, rows in by_method.items():
+            points = sorted((s.entry.budget, 100 * s.share(kind)) for s in rows)
+            style = dict(color="#c8c8c8", linewidth=0.7, zorder=1)
+            if method in best:
+                colour = COLOURS[1 + best.index(method) % 7]
+                style = dict(color=colour, linewidth=1.6, marker="o", markersize=3, label=method, zorder=3)
+            elif method in plain:
+                dots = (":", "-.", (0, (1, 3)))[plain.index(method)]
+                style = dict(color="#555555", linewidth=1.2, linestyle=dots, label=method, zorder=2)
+            panel.plot(*zip(*points, strict=True), **style)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(budgets, [str(b) for b in budgets])
+        panel.minorticks_off()
+        panel.set(title=kind, xlabel="visual tokens per layer")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("questions answered right, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    figure.savefig(path, format="png", dpi=90)
+
+
+def kept(here, images: np.ndarray, grid: tuple[int, int], path: Path, budget: int, across: int = 10) -> None:
+    """Scenes by methods at one budget, ``across`` methods in a line, the best first (PNG). here: ``ranking.Standing``s."""
+    count = min(len(images), *(len(s.outcomes[0].slot) for s in here))
+    lines = -(-len(here) // across)
+    figure = blank(1.15 * across, 1.3 * lines * count)
+    panels = figure.subplots(lines * count, across, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for i, s in enumerate(here):
+        for row in range(count):
+            grey = np.repeat(np.clip(images[row], 0, 1)[..., None], 3, -1)
+            panel = panels[i // across * count + row, i % across]
+            panel.imshow(shade(grey, s.outcomes[0].slot[row], grid), interpolation="nearest", vmin=0, vmax=1)
+            if row == 0:
+                panel.set_title(s.entry.method, fontsize=7)
+    figure.suptitle(f"{budget} of {grid[0] * grid[1]} tokens", fontsize=9)
+    figure.savefig(path, format="png", dpi=64)

@@ -10,7 +10,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from benchmarks.boards.tokens import FULL, RANKED, UNFAIR, Result, slowdown
+from benchmarks.boards.budgets import FULL
+from benchmarks.boards.tokens import RANKED, UNFAIR, Result, slowdown
 
 COLUMNS = (
     "tokens", "method", "mean", *RANKED, "yes", "no", "digits kept", "ms / image", "time", "MFLOP", "cache KB",

@@ -1,6 +1,6 @@
 """Token methods on a trained scene model: each method at each budget over the same held-out scenes.
 
-    entries = plan(("full", "random", "hiprune"), (72, 36), model)
+    entries, _ = budgets.plan(("full", "random", "hiprune"), (72, 36), model)
     results = measure(entries, model, params, dataset, scenes=2000, batch=50)
 
 One compiled program per entry answers all questions of a batch of images: its predictions are scored and its time is
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.boards.budgets import Entry
 from benchmarks.boards.cost import array_bytes, matmul_flops
-from jaxattn import registry
 from jaxattn.core.types import expect
 from jaxattn.tokens.mmtok import content_mask
-from models.bind import Bound, as_record, needs_of
+from models.bind import Bound
 from models.generate import generate, prefill
 from models.language import llm
 from models.multimodal import vlm
@@ -36,98 +35,7 @@ from train.data.scenes import BACKGROUND
 
 UNFAIR = ("count_all", "count_of")  # answered from the share of digits among the tokens, which every selection changes
 RANKED = tuple(kind for kind in KINDS if kind not in UNFAIR)
-FULL = "full"
 PROMPT, NEW = "read all digits ?", 7
-
-
-# --------------------------------------------------------------------------------------------------- what is measured
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A method at a budget. ``reduce``: what is bound, site -> record; ``layers``: visual tokens in each layer of the
-    language model; ``merges``: tokens are averaged, none is lost as a whole."""
-
-    method: str
-    budget: int
-    reduce: tuple[tuple[str, Any], ...]
-    layers: tuple[int, ...]
-    merges: bool = False
-
-    @property
-    def tokens(self) -> float:
-        """Visual tokens of a layer of the language model, on average."""
-        return sum(self.layers) / len(self.layers)
-
-    @property
-    def label(self) -> str:
-        return self.method if self.method == FULL else f"{self.method} {self.budget}"
-
-
-def plan(methods: Sequence[str], budgets: Sequence[int], model: vlm.VLMConfig) -> tuple[Entry, ...]:
-    """Entries of every method at every budget, the full model first.
-
-    A method is ``full``; ``aim_merge`` or ``aim``, whose ``parts`` follow from the budget (``aim`` hands its arguments to
-    the merging); or a token method of the registry with a ``keep``, such as ``hiprune:alpha=0.2``. Raises ValueError for
-    an unknown method or a budget that is none.
-    """
-    n = model.visual
-    for budget in budgets:
-        expect("budgets", budget, f"a number of tokens from 1 to {n}", 1 <= budget <= n)
-    whole = Entry(FULL, n, (), (n,) * model.llm.layers)
-    rest = [entry(m, b, model) for b in sorted(budgets, reverse=True) for m in methods if m != FULL]
-    return (whole, *rest)
-
-
-def entry(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
-    """One method at ``budget`` visual tokens per layer (on average, where layers differ)."""
-    n, depth = model.visual, model.llm.layers
-    name = method.partition(":")[0].strip().replace("-", "_")
-    if name == "aim_merge":
-        return Entry(method, budget, (("project", _merge(method, n, budget)),), (budget,) * depth, True)
-    if name == "aim":
-        return _aim(method, budget, model)
-    factory = registry.get("tokens", name)
-    accepted = inspect.signature(factory).parameters
-    expect(f"tokens {method!r}", ", ".join(accepted) or "none", "an argument keep, the budget", "keep" in accepted)
-    record = as_record("tokens", f"{method}{',' if ':' in method else ':'}keep={budget}", model.vision.layers)
-    # What reads the question needs tokens and words in one space: behind the projector.
-    site = "project" if any(need.what == "text" for need in needs_of(record)) else "vision"
-    return Entry(method, budget, ((site, record),), (budget,) * depth, not hasattr(record, "mode"))
-
-
-def merge_parts(n: int, left: int) -> tuple[int, ...]:
-    """Arguments ``parts`` of ``aim_merge`` that leave ``left`` of ``n`` tokens: halving, then what is still too many."""
-    parts, rows = [], n
-    while rows > left:
-        pairs = min(rows // 2, rows - left)
-        part = n // pairs
-        part += n // part > pairs  # a pass merges n // part pairs: not more than there are
-        parts.append(part)
-        rows -= n // part
-    return tuple(parts)
-
-
-def _merge(method: str, n: int, left: int):
-    """The merging record of ``aim`` or ``aim_merge``, with the arguments that ``method`` gives to it."""
-    given = method.partition(":")[2]
-    return registry.parse("tokens", f"aim_merge:parts={merge_parts(n, left)}{',' if given else ''}{given}")
-
-
-def _aim(method: str, budget: int, model: vlm.VLMConfig) -> Entry:
-    """The whole of AIM: merge before the language model to as many tokens as pruning from its first layer on brings to
-    ``budget`` on average."""
-    n, depth = model.visual, model.llm.layers
-    expect("aim", f"{depth} layers", "a language model of 2 layers or more, to prune between", depth >= 2)
-    prune = registry.get("tokens", "aim")(start=0, end=depth - 2)
-
-    def layers(enter: int) -> tuple[int, ...]:
-        left = [enter]
-        for _, cut in prune.schedule(depth, enter):
-            left.append(cut.count(left[-1]))
-        return tuple(left)
-
-    enter = max((m for m in range(1, n + 1) if sum(layers(m)) <= budget * depth), default=1)
-    merge = (("project", _merge(method, n, enter)),) if enter < n else ()
-    return Entry(method, budget, (*merge, ("llm", prune)), layers(enter), bool(merge))
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -160,7 +68,8 @@ class Result:
 
 @functools.partial(jax.jit, static_argnums=0)
 def answer(program, arrays, params, batch, key):
-    """(words predicted int32 [B, Q], where patches went int32 [B, N]) of packed questions."""
+    """(words predicted int32 [B, Q], where patches went int32 [B, N] in front of the language model and at its end, visual
+    rows int32 [B, 2] at both places) of packed questions."""
     bound = Bound(program, arrays, params)
     meta, mask = vlm.question_meta(program.config, batch)
     text = llm.embed(params["llm"], program.config.llm, batch["tokens"])
@@ -168,7 +77,9 @@ def answer(program, arrays, params, batch, key):
     visual = vlm.see(bound, batch["image"], prompt=asked, phase="prefill", key=key)
     out, _ = vlm.forward(bound, batch["image"], batch["tokens"], meta=meta, mask=mask, phase="prefill", visual=visual)
     b, q, t = batch["questions"].shape
-    return out.logits.reshape(b, q, t, -1)[:, :, -1].argmax(-1), visual.slot
+    last = out.stack.streams.tokens("vision")
+    live = jnp.stack([jnp.broadcast_to(m.valid, (b, m.valid.shape[-1])).sum(-1) for m in (visual.meta, last.meta)], -1)
+    return out.logits.reshape(b, q, t, -1)[:, :, -1].argmax(-1), visual.slot, last.slot, live
 
 
 def question_batches(dataset: Batches, count: int, size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -206,7 +117,7 @@ def measure(entries: Sequence[Entry], model: vlm.VLMConfig, params: dict, datase
         digit = batch["patch_labels"] != BACKGROUND
         for i in np.roll(np.arange(len(entries)), number):
             start = time.perf_counter()
-            words, slot = jax.block_until_ready(programs[i](bounds[i].arrays, bounds[i].params, inputs, key))
+            words, slot, *_ = jax.block_until_ready(programs[i](bounds[i].arrays, bounds[i].params, inputs, key))
             seconds[i].append(time.perf_counter() - start)
             predicted[i].append(np.asarray(words))
             slot = np.asarray(slot)

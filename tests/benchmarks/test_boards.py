@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.boards import cost, plots, table, tokens
-from jaxattn.tokens import aim_merge
+from benchmarks.boards import budgets, cost, plots, table, tokens
 from train import scenes
 from train.data import SceneConfig, vlm_dataset
 from train.data.questions import KINDS
@@ -29,33 +28,13 @@ def test_flops_count_every_round_of_a_loop():
     assert cost.array_bytes({"a": jnp.ones((2, 3)), "b": jnp.ones(5, jnp.bfloat16)}) == 24 + 10
 
 
-@pytest.mark.parametrize("n, left", [(144, 72), (144, 36), (144, 32), (144, 16), (49, 10), (100, 99), (36, 1), (9, 9)])
-def test_merging_leaves_what_was_asked_for(n, left):
-    assert aim_merge(tokens.merge_parts(n, left)).rows(n) == left
-
-
-def test_plans_meet_their_budgets_and_explain_what_they_cannot():
-    entries = tokens.plan(("random", "full", "aim", "mmtok", "hiprune:alpha=0.2"), (9, 18), MODEL)
-    names = ["full", "random 18", "aim 18", "mmtok 18", "hiprune:alpha=0.2 18", "random 9", "aim 9"]
-    assert [e.label for e in entries][:7] == names
-    assert all(e.tokens == e.budget for e in entries)
-    by_label = {e.label: e for e in entries}
-    assert by_label["aim 18"].layers == (36, 18, 0) and by_label["aim 9"].layers == (18, 9, 0)
-    assert [site for site, _ in by_label["aim 9"].reduce] == ["project", "llm"]
-    assert by_label["mmtok 9"].reduce[0][0] == "project" and by_label["random 9"].reduce[0][0] == "vision"
-    with pytest.raises(ValueError, match="did you mean hiprune"):
-        tokens.plan(("hiprun",), (9,), MODEL)
-    with pytest.raises(ValueError, match="budgets: expected a number of tokens from 1 to 36, got 37"):
-        tokens.plan(("random",), (37,), MODEL)
-
-
 @pytest.fixture(scope="module")
 def results():
     dataset = vlm_dataset(split="validation", count=12, config=SceneConfig(canvas=48), mix=scenes.MIX)
     params = scenes.init(MODEL, 0)
     params.pop("aux")
-    whole = tokens.entry("uniform", 36, MODEL)
-    entries = (*tokens.plan(("random", "mmtok", "aim"), (9,), MODEL), whole)
+    whole = budgets.entry("uniform", 36, MODEL)
+    entries = (*budgets.plan(("random", "mmtok", "aim"), (9,), MODEL)[0], whole)
     lines: list[str] = []
     found = tokens.measure(entries, MODEL, params, dataset, scenes_count=12, size=6, say=lines.append)
     assert "compiled 5/5" in lines[4] and "scored 12/12" in lines[-1]
@@ -90,7 +69,7 @@ def made(method, budget, right, kept, yes=0.9, no=0.9):
     accuracy = dict.fromkeys(KINDS, right)
     scores = {"accuracy": accuracy, "count": dict.fromkeys(KINDS, 4000), "yes_recall": yes, "no_recall": no}
     seconds = np.array([1.0, 2.0]) * (1 if method == "full" else 0.5)
-    entry = tokens.Entry(method, budget, (), (budget,) * 3, kept is None)
+    entry = budgets.Entry(method, budget, (), (budget,) * 3, kept is None)
     slot = np.full((2, 16), -1, np.int32)
     slot[:, :4] = [0, 1, 1, 2]
     return tokens.Result(entry, scores, kept, 0.3 if kept is None else None, seconds, 1e6, 2048, 50, 1.0, slot)
