@@ -49,6 +49,7 @@ EXAMPLES = {
     ("tokens", "attention_debiasing"): {"host": lambda: registry.get("tokens", "fastervlm")(8)},
     ("tokens", "mustdrop_merge"): {"size": 2},
     ("tokens", "quota"): {"total": 12, "scores": (0.7,), "grid": (4, 4)},
+    ("tokens", "tokenflex"): {"sizes": (4, 9)},
     ("tokens", "visiondrop_stages"): {"keep": ((6, 2), (4, 2), (2, 1))},
     ("tokens", "visiondrop"): {"dominant": 6, "contextual": 2},
     ("objective", "meap"): {"mask_id": 3},
@@ -154,6 +155,8 @@ def shapes(family, config):
 
 def site_of(record) -> str:
     """Where a token method acts: what it asks for says so."""
+    if hasattr(record, "place"):
+        return record.place
     if hasattr(record, "schedule"):
         return "llm"
     record = record.resolve(DEEP.vision.layers) if hasattr(record, "resolve") else record

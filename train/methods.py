@@ -172,9 +172,12 @@ def prepare(student: Callable, teacher: Callable, params: dict, objective, batch
     rates = {"model": 1.0, "method": 1.0, "objective": 1.0, **getattr(objective, "rates", {})}
     model = {name: tree for name, tree in params.items() if name not in PARTS}
     if hasattr(objective, "init"):
-        shapes = jax.eval_shape(lambda p, b: student(p, b, key, "train"), params, dict(batch))
-        dense = jax.eval_shape(lambda p, b: teacher(p, b, None, "train"), model, dict(batch)) if wants else None
-        params = {**params, OBJECTIVE: objective.init(key, shapes, dense)}
+        @jax.jit  # traced: only the outcomes' shapes are read, so nothing of the models is computed
+        def parts(key, params, batch):
+            shown = student(params, batch, key, "train")
+            return objective.init(key, shown, teacher(params, batch, None, "train") if wants else None)
+
+        params = {**params, OBJECTIVE: parts(key, params, dict(batch))}
     still = tuple(model) if rates["model"] == 0 else ()
 
     def loss(params, batch, key, phase):

@@ -262,13 +262,14 @@ def started(config: Common) -> Common:
 def load(run: Path, **changes) -> Bound:
     """The bound model of a run of `python -m train vit` or `vlm`: its methods, its parameters and theirs. changes: fields of
     its configuration, say other tokens that the same parts serve."""
-    params, record = methods.load(run)
+    record = methods.load(run)[1]
     makers = {maker.task: maker for maker in (ViT, VLM)}
     said = record.get("config") or {}
     if said.get("task") not in makers:
         raise ValueError(f"run: expected one of the tasks {', '.join(makers)}, got {said.get('task')!r}")
     maker = makers[said["task"]]
-    known = {f.name for f in fields(maker)} - {"mesh", "hosts", "init", "objective"}
+    known = {f.name for f in fields(maker)} - {"mesh", "hosts", "init"}
     values = {name: tuple(x) if isinstance(x, list) else x for name, x in said.items() if name in known}
     values["data"] = None if values.get("data") is None else Path(values["data"])
-    return with_params(build(maker(**{**values, **changes})).bound, params)
+    task = build(maker(**{**values, **changes, "init": run, "steps": 0}))
+    return with_params(task.bound, task.params)

@@ -280,6 +280,7 @@ class TokenTransform(Protocol):
     Optional: ``needs() -> tuple[Need, ...]``; ``acts_on`` = "vision" | "text" | "all" (default "vision");
     ``inside = True``: a cut at layer l acts inside it, between attention and feed-forward, and "last" is that layer;
     ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``;
+    ``place``, the site it is made for where its needs do not say;
     ``carries``, a name: the State that one cut of that name returns is what the next one of the stack gets (the first:
     an empty one). Values of rows in it are the record's to gather with the rows (``reduce.follow_rows``)."""
 
@@ -340,7 +341,7 @@ class Objective(Protocol):
     Optional, for those that train a method inside a model (``train.methods``, where outputs are an Outcome):
     ``teacher = True``: ``state.shared`` is the Outcome of the model without the method, through which nothing is trained;
     ``needs() -> tuple[Need, ...]``: what both show; ``init(key, outcome, teacher) -> dict``: parts that only training has,
-    from the shapes of both; ``rates``: {"model" | "method" | "objective": factor on the learning rate, 0 freezes}."""
+    for outcomes of these shapes; ``rates``: {"model" | "method" | "objective": factor on the learning rate, 0 freezes}."""
 
     def loss(self, params: dict, state: State, forward: Any, batch: dict, key: Any) -> tuple[Array, dict]: ...
 

@@ -59,9 +59,11 @@ from jaxattn.tokens.quota import (
     quota_scores,
     quota_shares,
 )
+from jaxattn.tokens.sit import init_slimming, sit, slim, slimming_weights
 from jaxattn.tokens.staged import average_rows, fastv, pyramiddrop
 from jaxattn.tokens.textmonkey import init_perceiver, read_back, textmonkey, textmonkey_redundancy
 from jaxattn.tokens.todre import group_ratios, todre, todre_exit, todre_picks, todre_select
+from jaxattn.tokens.tokenflex import gated_project, init_projector, pool_grid, tokenflex
 from jaxattn.tokens.transprune import token_transition, transprune, transprune_scores
 from jaxattn.tokens.vflowopt import (
     last_ratio,
@@ -85,17 +87,18 @@ __all__ = [
     "average_rows", "box_share", "content_mask", "content_words", "contribution_curve", "debias", "decouple",
     "dominant_contextual", "dyvte", "dyvte_router", "fastervlm", "fastervlm_scores", "fastv", "fit_trend",
     "flow_score", "flowcut", "flowcut_left", "flowcut_scores", "flowcut_text", "focusui", "focusui_keep",
-    "focusui_rows", "fused_label", "g_search", "g_search_rates", "group_ratios", "hiprune", "hiprune_scores",
-    "hiprune_select", "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "information_flow",
-    "init_perceiver", "init_router", "last_ratio", "last_token_agreement", "layer_flops", "mean_pool", "mmtok",
-    "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys",
-    "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search",
-    "pagerank_importance", "patch_entropy", "patch_scores", "pointer_logits", "pointer_target", "policy_attention",
-    "prompt_rows", "pyramiddrop", "quota", "quota_counts", "quota_frames", "quota_grid", "quota_merge",
-    "quota_resize", "QUOTA_RESIZES", "quota_scores", "quota_shares", "random", "read_back", "real_patches", "recycle",
-    "region_weight", "run_ends", "scorer_loss", "sensitivity", "straight_through", "text_prior", "textmonkey",
+    "focusui_rows", "fused_label", "g_search", "g_search_rates", "gated_project", "group_ratios", "hiprune",
+    "hiprune_scores", "hiprune_select", "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens",
+    "information_flow", "init_perceiver", "init_projector", "init_router", "init_slimming", "last_ratio",
+    "last_token_agreement", "layer_flops", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
+    "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan",
+    "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy",
+    "patch_scores", "pointer_logits", "pointer_target", "policy_attention", "pool_grid", "prompt_rows", "pyramiddrop",
+    "quota", "quota_counts", "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES",
+    "quota_scores", "quota_shares", "random", "read_back", "real_patches", "recycle", "region_weight", "run_ends",
+    "scorer_loss", "sensitivity", "sit", "slim", "slimming_weights", "straight_through", "text_prior", "textmonkey",
     "textmonkey_redundancy", "tie_seed", "todre", "todre_exit", "todre_picks", "todre_select", "token_transition",
-    "transprune", "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt",
+    "tokenflex", "transprune", "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt",
     "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages", "visiondrop", "visiondrop_encode",
     "visiondrop_stages", "visual_exit", "vtc_cls", "vtc_cls_scores", "window_similarity", "yopo", "yopo_heads",
     "yopo_mask", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",

@@ -132,6 +132,8 @@ class _ASViT:
     capacity: tuple | None = None
     even: bool = False
 
+    place = "vision"
+
     def check(self):
         expect("score", repr(self.score), f"one of {SCORES}", self.score in SCORES)
         expect("tau", self.tau, "above 0", self.tau > 0)

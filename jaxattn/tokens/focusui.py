@@ -182,10 +182,12 @@ class _FocusUI:
     over: str = "mean"
     marker: bool = True
     seed: int | None = operand("int", None)
+    drawn: float = 0.0
 
     def check(self):
         expect("ratio", self.ratio, "a share of dropped tokens in [0, 1]", 0 <= self.ratio <= 1)
         expect("over", repr(self.over), "'mean' or 'max'", self.over in ("mean", "max"))
+        expect("drawn", self.drawn, "a share of dropped tokens in [0, 1]", 0 <= self.drawn <= 1)
         if self.capacity is not None:
             check_budget(self.capacity)
 
@@ -208,7 +210,10 @@ class _FocusUI:
         text, text_valid = (text.x, text.meta.valid) if isinstance(text, Tokens) else text
         text_valid = jnp.broadcast_to(text_valid, text.shape[:2])
         scores = patch_scores(params, tokens.x, text, valid, text_valid, over=self.over)
-        keep = focusui_keep(scores, params["ratio"], valid=valid, seed=params.get("seed"))
+        ratio = params["ratio"]
+        if self.drawn and ctx.phase == "train" and ctx.key is not None:
+            ratio = jax.random.uniform(ctx.key, (), maxval=self.drawn)
+        keep = focusui_keep(scores, ratio, valid=valid, seed=params.get("seed"))
         ends = run_ends(keep, valid) if self.marker else jnp.zeros_like(keep)
         stays, left = keep | ends, self.rows(n)
         index, live = compact(stays, left)
@@ -222,18 +227,19 @@ class _FocusUI:
 
 @register("tokens")
 def focusui(ratio: float = 0.5, capacity: int | None = None, over: str = "mean", marker: bool = True,
-            seed: int | None = None):
+            seed: int | None = None, drawn: float = 0.0):
     """Drop a share of the image tokens by a trained scorer, with one marker per dropped run. For the site "project".
 
     Args:
-      ratio: share of image tokens to drop; an operand, drawn anew per step in training (published: U(0, 0.95)).
+      ratio: share of image tokens to drop; an operand.
+      drawn: in training each step draws its ratio from U(0, drawn) instead (published: 0.95); 0: it does not.
       capacity: static number of rows that leave, at least the kept ones and the markers (``focusui_rows``), which shortens
         the arrays; None: as many as came, those behind the last used one not valid.
       over: "mean" or "max" similarity to the instruction.  marker: False drops runs without a trace.
       seed: of the permutation that breaks ties, ``tie_seed`` of the prompt; None: the lowest index.
     Original rotary positions stay. Its parameters (two enhancers and the marker) are trained arrays of the bound model.
     """  # fmt: skip
-    return _FocusUI(ratio, capacity, over, marker, seed)
+    return _FocusUI(ratio, capacity, over, marker, seed, float(drawn))
 
 
 def focusui_rows(n: int, ratio: float) -> int:

@@ -94,7 +94,7 @@ def run(bound, phase):
 def test_hidden_in_training_gone_in_inference(params):
     dense = run(vit.bind(CONFIG, params), "train")[0]
     open_ = run(vit.bind(CONFIG, params, reduce={"vision": record(thresholds=(-1.0, -1.0))}), "train")
-    np.testing.assert_allclose(open_[0], dense, atol=1e-5)
+    np.testing.assert_allclose(open_[0], dense, atol=1e-4)
     np.testing.assert_allclose(objectives.flops_share(open_[2]), 1)
     shown = {}
     for name, phase, more in (("train", "train", {}), ("mask", "prefill", {}), ("keep", "prefill", {"capacity": (16, 12)})):
