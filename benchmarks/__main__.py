@@ -1,5 +1,5 @@
-"""python -m benchmarks {demo,kernels,tune}: boards of what methods keep and cost, kernels beside their peers, sizes of
-kernels measured on this machine;
+"""python -m benchmarks {cost,demo,kernels,prefill,tokens,tune}: boards of what methods keep and cost, times of prefills,
+kernels beside their peers, sizes of kernels measured on this machine;
 `python -m benchmarks demo --help` lists the flags.
 
 Exit status: 0 when written, 1 for an error, 130 when ctrl-C (or SIGTERM) stopped it; the same command then continues.
@@ -16,16 +16,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import tyro  # noqa: E402
 
-from benchmarks import kernels, tune  # noqa: E402
+from benchmarks import cost_study, kernels, prefill, tokens, tune  # noqa: E402
 from benchmarks.demo import Demo, run  # noqa: E402
 from train.loop import INTERRUPTED  # noqa: E402
 
 Board = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[cost_study.Cost, tyro.conf.subcommand("cost")]
+    | Annotated[tokens.Tokens, tyro.conf.subcommand("tokens")]
     | Annotated[kernels.Kernels, tyro.conf.subcommand("kernels")]
+    | Annotated[prefill.Prefill, tyro.conf.subcommand("prefill")]
     | Annotated[tune.Tune, tyro.conf.subcommand("tune")]
 )
-RUN = {Demo: run, kernels.Kernels: kernels.run, tune.Tune: tune.run}
+RUN = {Demo: run, cost_study.Cost: cost_study.run, kernels.Kernels: kernels.run, prefill.Prefill: prefill.run,
+       tokens.Tokens: tokens.run, tune.Tune: tune.run}  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> int:

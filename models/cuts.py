@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from jaxattn.core.types import Call, Ctx, State, expect
+from jaxattn.core.select import gather_meta, gather_tokens
+from jaxattn.core.types import Call, Ctx, State, expect, is_contract
 from jaxattn.nn import block as B
 from models import evidence as ev
 from models.bind import needs_of, params_of
@@ -23,11 +26,15 @@ def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, 
     following = [need for need in needs_of(record) if need.at == "next"]
     if following:
         p = B.layer_of(params["layers"], at.layer)
-        q, k, v = B.project(p["attn"], block, B.attention_input(p, block, streams.x))
-        length = B.rotary_length(block, streams.meta)
-        turn = functools.partial(B.rotate, block, meta=streams.meta, length=length, layer=at.layer)
-        meta = B.of_layer(block, streams.meta, at.layer)
-        call = Call(turn(q), turn(k), v, meta, meta, mask=B.mask(block, mask), scale=block.scale,
+        h, length = B.attention_input(p, block, streams.x), B.rotary_length(block, streams.meta)
+        q, k, v = B.project(p["attn"], block, h)
+        rows, index = streams.meta, _asked_rows(following, streams)
+        if index is not None:  # a few rows ask: no other row is projected for it
+            q, rows = B.project(p["attn"], block, gather_tokens(h, index))[0], gather_meta(rows, index)
+            following = [dataclasses.replace(need, rows="all") for need in following]
+        turn = functools.partial(B.rotate, block, length=length, layer=at.layer)
+        meta = [B.of_layer(block, m, at.layer) for m in (rows, streams.meta)]
+        call = Call(turn(q, rows), turn(k, streams.meta), v, *meta, mask=B.mask(block, mask), scale=block.scale,
                     score_mod=B.score_mod(block))  # fmt: skip
         for need in following:
             asked[need.name] = ev.answer(need, call, None, hidden=streams.x, k_raw=k, groups=streams.spans(), evidence=asked)
@@ -39,6 +46,19 @@ def cut(params, program, arrays, streams, at, evidence, carried, *, mask, step, 
     state = carried.get(name, State())
     streams, state, aux = _transform(record, params_of(arrays, at.name), state, streams, acts_on, asked, ctx, local)
     return streams, carried if name is None else {**carried, name: state}, aux
+
+
+def _asked_rows(needs, streams: Streams):
+    """int32 [B, R]: the rows whose attention all of ``needs`` ask for, where these are the same few; else None."""
+    reading = [need for need in needs if need.what not in ("hidden", "keys", "rotated_keys", "values")]
+    kinds = {need.rows for need in reading}
+    few = len(kinds) == 1 and not is_contract(*kinds) and kinds != {"all"}
+    if not few or any(need.what != "received" or need.iterate > 1 for need in reading):
+        return None
+    full = lambda x: jnp.broadcast_to(x, streams.x.shape[:2])  # noqa: E731
+    meta = streams.meta.replace(pos=full(streams.meta.pos), valid=full(streams.meta.valid))
+    index, _ = ev.row_weights(*kinds, meta, streams.spans(), {}, False)
+    return index if 2 * index.shape[1] <= meta.n else None
 
 
 def transform(record, params, streams: Streams, acts_on: str, evidence: dict, ctx: Ctx,

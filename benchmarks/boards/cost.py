@@ -18,12 +18,14 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-KNOWN = 256  # entries of an integer array whose values are followed
+KNOWN = 64  # entries of an integer array whose values are followed
 LOOKS = frozenset(
     "add sub mul div rem max min neg abs sign exp exp2 log log1p expm1 tanh logistic erf rsqrt sqrt pow integer_pow square "
     "select_n eq ne lt le gt ge and or not".split()
 )
-SUMS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin cumsum cumprod cummax reduce_prod".split())
+SUMS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cumprod cummax".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,37 @@ def array_bytes(tree) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- walking a trace
+def _slice(p, x, *starts):
+    at = tuple(int(np.clip(s, 0, n - size)) for s, n, size in zip(starts, x.shape, p["slice_sizes"], strict=True))
+    return x[tuple(slice(s, s + size) for s, size in zip(at, p["slice_sizes"], strict=True))]
+
+
+def _spread(p, x):
+    shape = [1] * len(p["shape"])
+    for axis, n in zip(p["broadcast_dimensions"], x.shape, strict=True):
+        shape[axis] = n
+    return np.broadcast_to(x.reshape(shape), p["shape"])
+
+
+def _count(p):
+    shape = [1] * len(p["shape"])
+    shape[p["dimension"]] = -1
+    return np.broadcast_to(np.arange(p["shape"][p["dimension"]]).reshape(shape), p["shape"])
+
+
+# What is done with whole numbers on the way from a layer's number to a condition.
+FOLLOWED: dict[str, Callable] = {
+    **{name: lambda p, *x, f=f: f(*x) for name, f in {
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "eq": np.equal, "ne": np.not_equal, "lt": np.less,
+        "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "max": np.maximum, "min": np.minimum,
+        "rem": np.fmod, "neg": np.negative, "and": np.bitwise_and, "or": np.bitwise_or, "not": np.invert}.items()},
+    "iota": _count, "broadcast_in_dim": _spread, "dynamic_slice": _slice, "convert_element_type": lambda p, x: x,
+    "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]), "reshape": lambda p, x: x.reshape(p["new_sizes"]),
+    "select_n": lambda p, which, *x: np.where(which, x[1], x[0]) if len(x) == 2 else np.choose(which, x),
+    "clamp": lambda p, low, x, high: np.clip(x, low, high),
+}  # fmt: skip
+
+
 def _whole(x) -> bool:
     return not jnp.issubdtype(x.dtype, jax.dtypes.extended) and x.dtype.kind in "iub" and math.prod(x.shape) <= KNOWN
 
@@ -115,9 +148,8 @@ class _Walk:
         if inner:
             every = [self.closed(j, [None] * len(j.jaxpr.invars), names)[0] for j in inner]
             return _plus({}, *every), unknown
-        if all(v is not None for v in values) and all(_whole(v.aval) for v in eqn.outvars):
-            out = eqn.primitive.bind(*values, **eqn.params)
-            return {}, [np.asarray(x) for x in (out if eqn.primitive.multiple_results else [out])]
+        if kind in FOLLOWED and all(v is not None for v in values) and all(_whole(v.aval) for v in eqn.outvars):
+            return {}, [np.asarray(FOLLOWED[kind](eqn.params, *values), eqn.outvars[0].aval.dtype)]
         scope = next((s for s in self.scopes if s in names), "")
         return {scope: _work(eqn)}, unknown
 
