@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.select import gather_tokens, scatter_tokens
+from jaxattn.core.select import gather_tokens, rank_of, scatter_tokens
 from jaxattn.core.types import Array, expect
 
 MODES = ("wavg", "mean", "target_plus_mean")
@@ -90,14 +90,10 @@ def bipartite(metric: Array, r: int, *, protect_first: int = 0, valid: Array | N
     most = min(n_a - -(-protect_first // 2), n // 2)
     expect("r", r, f"between 0 and {most} merges of {n} rows, {protect_first} of them protected", 0 <= r <= most)
     valid = jnp.ones((b, n), bool) if valid is None else jnp.broadcast_to(valid, (b, n))
-    free = valid & (jnp.arange(n) >= protect_first)
     if n < 2:
         slot = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
         return jnp.where(valid, slot, -1), slot
-    unit = _unit(metric)
-    similar = jnp.einsum("bid,bjd->bij", unit[:, ::2], unit[:, 1::2])
-    similar = jnp.where(free[:, 1::2][:, None, :] & free[:, ::2][:, :, None], similar, -jnp.inf)
-    best, to = similar.max(-1), similar.argmax(-1).astype(jnp.int32)
+    best, to = bipartite_edges(metric, protect_first=protect_first, valid=valid)
     # Padding sorts after every real merge and before what must stay: r real merges happen as without padding.
     best = jnp.where(valid[:, ::2], best, -2.0)
     ranked = jnp.argsort(-best, axis=-1, stable=True).astype(jnp.int32)
@@ -114,6 +110,49 @@ def bipartite(metric: Array, r: int, *, protect_first: int = 0, valid: Array | N
     slot = jax.vmap(put)(stay, gone, to)
     odd = jnp.broadcast_to(jnp.arange(1, n, 2, dtype=jnp.int32), (b, n // 2))
     return jnp.where(valid, slot, -1), jnp.concatenate([2 * stay, odd], -1)
+
+
+def bipartite_edges(metric: Array, *, protect_first: int = 0, valid: Array | None = None):
+    """The edge of each even row (a) to its most similar odd row (b), as in ``bipartite``.
+
+    Returns: best [B, ceil(N / 2)], its cosine, -inf for rows that may not merge; to int32, the number of the b-row."""
+    b, n, _ = metric.shape
+    expect("metric", f"{n} rows", "at least two", n >= 2)
+    free = jnp.broadcast_to(jnp.arange(n) >= protect_first, (b, n))
+    free = free if valid is None else free & valid
+    unit = _unit(metric)
+    similar = jnp.einsum("bid,bjd->bij", unit[:, ::2], unit[:, 1::2])
+    similar = jnp.where(free[:, 1::2][:, None, :] & free[:, ::2][:, :, None], similar, -jnp.inf)
+    return similar.max(-1), similar.argmax(-1).astype(jnp.int32)
+
+
+def bipartite_above(metric: Array, threshold, *, least: int = 0, protect_first: int = 0, valid: Array | None = None):
+    """Bipartite matching by a threshold (DyMU, arXiv 2504.17040): an a-row merges where its best similarity is above it.
+
+    Args:
+      metric, protect_first, valid: as for ``bipartite``; valid rows stand in front of the others.
+      threshold: scalar or [B].  least: rows that merge at any rate, the most similar first; at most floor((N - 1) / 2), and
+        so many of the valid rows merge at most.
+    Returns:
+      slot: int32 [B, N].  order: int32 [B, N - least].  live: bool [B, N - least].
+      Output rows are the unmerged a-rows, then all b-rows, both in their order, then padding.
+    """
+    b, n, _ = metric.shape
+    expect("least", least, f"between 0 and {(n - 1) // 2} merges of {n} rows", 0 <= least <= (n - 1) // 2)
+    valid = jnp.ones((b, n), bool) if valid is None else jnp.broadcast_to(valid, (b, n))
+    best, to = bipartite_edges(metric, protect_first=protect_first, valid=valid)
+    rank = rank_of(best)
+    most = (valid.sum(-1, keepdims=True) - 1) // 2
+    above = best > jnp.reshape(jnp.asarray(threshold, best.dtype), (-1, 1))
+    merged = (above | (rank < least)) & (rank < most) & (best > -jnp.inf)
+    # Rank of a row among those that go on: a-rows, b-rows, nobody.
+    part = jnp.where(valid, jnp.arange(n) % 2, 2).at[:, ::2].max(jnp.where(merged, 2, 0))
+    order = jnp.argsort(part, axis=-1, stable=True).astype(jnp.int32)
+    place = jnp.argsort(order, axis=-1).astype(jnp.int32)
+    live = jnp.arange(n - least) < (part < 2).sum(-1, keepdims=True)
+    home = jnp.where(merged, jnp.take_along_axis(place, jnp.minimum(2 * to + 1, n - 1), axis=-1), place[:, ::2])
+    slot = place.at[:, ::2].set(home)
+    return jnp.where(valid, slot, -1), order[:, : n - least], live
 
 
 def strided(rest: Array, n_slots: int):
@@ -149,6 +188,32 @@ def nearest(metric: Array, targets: Array, rest: Array, *, valid: Array | None =
     return jax.vmap(lambda s, t, ok: s.at[jnp.where(ok, t, n)].set(own, mode="drop"))(slot, targets, valid)
 
 
+def kmeans(x: Array, rest: Array, n_slots: int, steps: int = 10, *, metric: str = "cosine") -> Array:
+    """Slot map of k-means clusters: centres start at evenly strided rows (``strided``), then ``steps`` Lloyd iterations.
+
+    Args:
+      x: [B, N, C].  rest: bool [B, N]; the rows that are clustered, others are -1.
+      metric: "cosine" (rows are scaled to length 1 first) or "l2".
+    Returns: int32 [B, N] in [0, n_slots) or -1; ties to the lowest slot. A cluster that lost its last row keeps its centre.
+    """
+    expect("metric", repr(metric), "'cosine' or 'l2'", metric in ("cosine", "l2"))
+    expect("n_slots", n_slots, f"between 1 and the {x.shape[1]} rows", 1 <= n_slots <= x.shape[1])
+    x = _unit(x) if metric == "cosine" else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    start, live = strided(rest, n_slots)
+
+    def assign(centres):
+        near = jnp.einsum("bnc,bkc->bnk", x, centres) - 0.5 * jnp.sum(centres * centres, -1)[:, None]  # - |x - c|^2 / 2
+        near = jnp.where(live[:, None], near, -jnp.inf)
+        return jnp.where(rest & live.any(-1, keepdims=True), near.argmax(-1), -1).astype(jnp.int32)
+
+    def step(_, centres):
+        slot = assign(centres)
+        some = slot_sum(rest.astype(x.dtype), slot, n_slots) > 0
+        return jnp.where(some[..., None], merge_tokens(x, slot, n_slots), centres)
+
+    return assign(jax.lax.fori_loop(0, steps, step, gather_tokens(x, start)))
+
+
 def windows(grid: tuple[int, int], size: int | tuple[int, int]) -> tuple[np.ndarray, int]:
     """Slot map int32 [1, h * w] of the windows of a raster grid (h, w), row by row, and their number.
 
@@ -171,4 +236,7 @@ def compact(keep: Array, cap: int):
     return scatter_tokens(jnp.zeros((b, cap), jnp.int32), place, rows), valid
 
 
-__all__ = ["bipartite", "compact", "merge_tokens", "nearest", "slot_sum", "strided", "windows"]
+__all__ = [
+    "bipartite", "bipartite_above", "bipartite_edges", "compact", "kmeans", "merge_tokens", "nearest", "slot_sum", "strided",
+    "windows",
+]  # fmt: skip
