@@ -1,4 +1,5 @@
-"""python -m train {lm,vit,vlm}: train a model; `python -m train lm --help` lists the flags.
+"""python -m train {lm,vit,vlm}: train a model; `python -m train lm --help` lists the flags. `python -m train convert`
+runs a method's offline search or calibration on a trained one.
 
 Exit status: 0 when trained, 1 for an error, 130 when ctrl-C (or SIGTERM) stopped it, after saving; the same
 command then continues.
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from train import backend
+from train import backend, convert
 from train.config import LM, VLM, Common, ViT
 from train.loop import INTERRUPTED, fit
 
@@ -18,6 +19,7 @@ Task = (
     Annotated[LM, tyro.conf.subcommand("lm")]
     | Annotated[ViT, tyro.conf.subcommand("vit")]
     | Annotated[VLM, tyro.conf.subcommand("vlm")]
+    | Annotated[convert.Convert, tyro.conf.subcommand("convert")]
 )
 
 
@@ -71,7 +73,7 @@ def run(config: Common) -> int:
 def main(args: list[str] | None = None) -> int:
     config = tyro.cli(Task, prog="python -m train", args=args)
     try:
-        return run(config)
+        return convert.run(config) if isinstance(config, convert.Convert) else run(config)
     except KeyboardInterrupt:  # before the first step, or asked twice
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.core.artifact import load
 from jaxattn.core.labels import KIND_TEXT, KIND_VISION, kind
 from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, valid_rows
 from jaxattn.core.types import Array, Meta, Need, contract, expect
@@ -115,7 +116,7 @@ class _AdaptInfer:
 
 @register("tokens")
 def adaptinfer(keep: tuple[int, ...] = PUBLISHED[64], layers: tuple[int, ...] | None = None, mode: str = "keep",
-               positions: str = "fresh"):
+               positions: str = "fresh", artifact: str | None = None):
     """Drop image tokens in stages inside the language model, guided by the text's own attention (site "llm").
 
     Args:
@@ -123,7 +124,10 @@ def adaptinfer(keep: tuple[int, ...] = PUBLISHED[64], layers: tuple[int, ...] | 
         ``adaptinfer_counts``. A cut to 0 leaves one invalid row in mode "keep".
       layers: 0-based layers after which tokens leave; None: the published 1, 10 and 20 of 32, scaled to the depth.
       mode: "keep" (gather) or "mask".  positions: rotary positions "fresh" (as published) or "original".
+      artifact: a file of ``adaptinfer_inflections``, in place of layers.
     """  # fmt: skip
+    if artifact is not None:
+        layers = tuple(map(int, load(artifact, "adaptinfer_inflections")[0]["layers"]))
     return _AdaptInfer(tuple(keep), layers, mode, positions)
 
 
@@ -158,3 +162,24 @@ def adaptinfer_layers(attention: np.ndarray, cuts: int = 3) -> tuple[int, ...]:
     peak = (shift >= padded[:-2]) & (shift > padded[2:])
     order = np.lexsort((np.arange(len(shift)), -shift, ~peak))
     return tuple(sorted(int(i) for i in order[:cuts]))
+
+
+@register("conversion")
+def adaptinfer_inflections(model, batches, key=None, *, cuts: int | None = None):
+    """Find the layers of a trained model at which the attention of text to image changes most (AdaptInfer).
+
+    Args:
+      model: a ``core.types.Trained``.  batches: of its data.  key: unused.  cuts: how many layers; None: three, or as many as
+        there are steps between layers.
+    Returns: (model, {layers [cuts], 0-based, after which to cut; shift [L - 1]; attention [L, N], its mean over samples}).
+    """
+    need = Need("text_to_image", what="received", at="llm.*", rows="text")
+    total, count = 0.0, 0
+    for batch in batches:
+        found = np.asarray(model.run(batch, needs=(need,)).evidence["text_to_image"], np.float64)[..., : model.visual]
+        total, count = total + found.sum(1), count + found.shape[1]
+    expect("batches", "none", "at least one", count > 0)
+    mean = total / count
+    layers = adaptinfer_layers(mean, min(3, len(mean) - 1) if cuts is None else cuts)
+    return model, {"layers": np.asarray(layers, np.int32), "shift": attention_shift(mean).astype(np.float32),
+                   "attention": mean.astype(np.float32)}  # fmt: skip

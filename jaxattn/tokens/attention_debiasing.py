@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import registry
+from jaxattn.core.artifact import load
 from jaxattn.core.reduce import original_rows, valid_rows
 from jaxattn.core.types import Array, Tokens, contract, expect, is_contract, operand
 from jaxattn.registry import register
@@ -169,7 +170,7 @@ class _DebiasedStages:
 
 @register("tokens")
 def attention_debiasing(host, decay: float = 0.003, weights=None, size: tuple[int, int] | None = None, grid: int = 24,
-                        threshold: float = 0.5):
+                        threshold: float = 0.5, artifact: str | None = None):
     """A pruner that scores by attention, debiased.
 
     Args:
@@ -178,7 +179,10 @@ def attention_debiasing(host, decay: float = 0.003, weights=None, size: tuple[in
       weights: [N] weights of the image tokens in place of exp(-decay j).
       size: (width, height) of all images before padding to a square of ``grid`` x ``grid`` patches; where sizes differ,
         label the padded patches' rows ``padding = 1`` instead.  threshold: see ``real_patches``.
+      artifact: a file of ``attention_debiasing_trend``, in place of decay.
     """  # fmt: skip
+    if artifact is not None:
+        decay = float(load(artifact, "attention_debiasing_trend")[0]["decay"])
     host = registry.parse("tokens", host) if isinstance(host, str) else host
     staged = hasattr(host, "schedule")
     ok = is_contract(host) and (staged or any(need.what in PER_KEY for need in _needs(host)))
@@ -191,3 +195,30 @@ def _needs(host):
     if hasattr(host, "resolve"):
         host = host.resolve(24)
     return host.needs() if hasattr(host, "needs") else ()
+
+
+@register("conversion")
+def attention_debiasing_trend(model, batches, key=None, *, host, site: str | None = None):
+    """Fit the trend of a pruner's raw scores on a trained model ("Attention Debiasing for Token Pruning in Vision Language
+    Models").
+
+    Args:
+      model: a ``core.types.Trained``.  batches: of its data.  key: unused.
+      host: the pruner, a record or its name ("fastv:keep=64" in quotes), which tells its ``scores``.  site: where it is bound;
+        None: "llm" with a schedule, "llm.2" where it asks for language layers, else "vision".
+    Returns: (model, {decay, scale: b and a of a exp(b j), scores [N], the mean raw scores, weights [N]}).
+    """
+    host = registry.parse("tokens", host) if isinstance(host, str) else host
+    if site is None:
+        staged, near = hasattr(host, "schedule"), any(need.at in ("last", "next") for need in _needs(host))
+        site = "llm" if staged else f"llm.{min(2, model.layers['llm'] - 1)}" if near else "vision"
+    total, count = 0.0, 0
+    for batch in batches:
+        told = model.run(batch, reduce={site: host}).told
+        cuts = [aux["scores"] for part in told.values() for aux in part.values() if "scores" in aux]
+        expect("host", host, "a method that tells the scores of its first cut", len(cuts) >= 1)
+        total, count = total + np.asarray(cuts[0], np.float64).sum(0), count + len(cuts[0])
+    expect("batches", "none", "at least one", count > 0)
+    scale, decay = fit_trend(total / count)
+    found = {"decay": decay, "scale": scale, "scores": total / count, "weights": trend_weights(len(total), decay)}
+    return model, {name: np.asarray(x, np.float32) for name, x in found.items()}

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jaxattn.core.artifact import load
 from jaxattn.core.reduce import check_budget
 from jaxattn.core.search import Search, maximise
 from jaxattn.core.types import contract, expect
@@ -64,7 +65,7 @@ def reachable(rates) -> tuple[float, ...]:
 
 @register("tokens")
 def g_search(rates: tuple[float, ...] | None = None, keep: float = 0.25, steepness: float = 1.0, query: str | int = "last",
-             least: float = 0.0, mode: str = "keep", positions: str = "original"):
+             least: float = 0.0, mode: str = "keep", positions: str = "original", artifact: str | None = None):
     """Read a share of the image tokens in each layer, ranked by the layer above (site "llm").
 
     Args:
@@ -74,8 +75,11 @@ def g_search(rates: tuple[float, ...] | None = None, keep: float = 0.25, steepne
       query: whose attention ranks: "last", "text" or a number of last rows.
       least: cuts that would drop a smaller share of the tokens wait for the next layer (fewer, longer segments).
       mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh".
+      artifact: a file of ``g_search_shares``, in place of rates.
     A share of 0 leaves one row in mode "keep" (marked invalid), since an array of no rows cannot be scanned.
     """  # fmt: skip
+    if artifact is not None:
+        rates = tuple(map(float, load(artifact, "g_search_shares")[0]["rates"]))
     return _Rates(None if rates is None else tuple(rates), keep, steepness, query, least, mode, positions)
 
 
@@ -139,3 +143,30 @@ def p_sigmoid_search(performance: Callable[[tuple[float, ...]], float], layers: 
     bounds = {"steepness": (0.0, math.log2(1 + steepest))}
     search = maximise(lambda x: performance(reachable(at(x))), bounds, calls=calls, initial=initial, seed=seed)
     return at(search.best[0]), search
+
+
+@register("conversion")
+def g_search_shares(model, batches, key=None, *, loss: float = 0.01, precision: float = 1 / 64, budget: float | None = None,
+                    calls: int = 30, initial: int = 8, query: str | int = "last", seed: int = 42):
+    """Search how many image tokens each layer of a trained model needs (G-Search, or P-Sigmoid for a given budget).
+
+    Args:
+      model: a ``core.types.Trained``; what performs is its share of right answers.  batches: of its data.  key: unused.
+      loss: accuracy that may be lost.  precision: of a share.  query: whose attention ranks, as in ``g_search``.
+      budget: mean share of the tokens to meet instead; then calls, initial and seed are of ``p_sigmoid_search``.
+    Returns: (model, {rates [L], accuracy, baseline}). Shares decide what a program drops, so each evaluation compiles.
+    """  # fmt: skip
+    batches, depth = list(batches), model.layers["llm"]
+
+    def accuracy(rates=None):
+        reduce = None if rates is None else {"llm": g_search(rates, query=query, mode="mask")}
+        right = np.concatenate([np.asarray(model.run(batch, reduce=reduce).right) for batch in batches])
+        return float(right.mean())
+
+    baseline = accuracy()
+    if budget is None:
+        rates = g_search_rates(accuracy, depth, loss, precision=precision, baseline=baseline)
+    else:
+        rates = reachable(p_sigmoid_search(accuracy, depth, budget, calls=calls, initial=min(initial, calls), seed=seed)[0])
+    found = {"rates": np.asarray(rates, np.float32), "accuracy": accuracy(rates), "baseline": baseline}
+    return model, {name: np.asarray(x, np.float32) for name, x in found.items()}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.core.artifact import load
 from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, reduce_merge, valid_rows
 from jaxattn.core.search import Search, maximise
 from jaxattn.core.select import forbid, rank_of
@@ -168,7 +169,8 @@ class _VFlowOpt:
 
 @register("tokens")
 def vflowopt(ratio: float = 0.2651, cell: float = 15.58, threshold: float = 34.76, layer: int = -2,
-             maps: tuple | None = None, recycles: bool = True, alpha: float = 0.0, positions: str = "original"):
+             maps: tuple | None = None, recycles: bool = True, alpha: float = 0.0, positions: str = "original",
+             artifact: str | None = None):  # fmt: skip
     """Prune image tokens on their way to the language model and recycle what goes. For the sites "vision", "project".
 
     The defaults are the published result for a quarter of the tokens on average; for a tenth ratio 0.1166, cell 17.39,
@@ -178,7 +180,12 @@ def vflowopt(ratio: float = 0.2651, cell: float = 15.58, threshold: float = 34.7
       layer: of the tower, whose attention counts.  maps: (rows, columns) of base image and high-resolution map, one
         after the other; None: one square.  recycles: False prunes only (videos, single plain images).
       alpha: weight of the patches' grey-level entropy.  positions: rotary positions "original" or "fresh".
+      artifact: a file of ``vflowopt_settings``, in place of ratio, cell, threshold, layer and alpha.
     """
+    if artifact is not None:
+        found = load(artifact, "vflowopt_settings")[0]
+        ratio, cell, threshold, alpha = (float(found[x]) for x in ("ratio", "cell", "threshold", "alpha"))
+        layer = int(found["layer"])
     return _VFlowOpt(ratio, cell, threshold, layer, maps, recycles, alpha, positions)
 
 
@@ -235,14 +242,19 @@ class _VFlowOptStages:
 
 @register("tokens")
 def vflowopt_stages(ratios: tuple[float, ...] = (0.983, 0.877), layers: tuple[int, ...] | None = None, layer: int = -2,
-                    threshold: float = 34.76, mode: str = "keep"):
+                    threshold: float = 34.76, mode: str = "keep", artifact: str | None = None):
     """Drop image tokens inside the language model by the tower's importance (site "llm"), behind ``vflowopt``.
 
     Args:
       ratios: shares of the rows at each cut that stay.  layers: numbers of layers done when the cuts happen; None: the
         published 9 and 18 of 28, scaled to the depth.
       layer, threshold: as given to ``vflowopt``.  mode: "keep" (gather) or "mask"; rotary positions stay.
+      artifact: a file of ``vflowopt_settings``, in place of ratios, layers, layer and threshold.
     """
+    if artifact is not None:
+        found = load(artifact, "vflowopt_settings")[0]
+        ratios, layers = tuple(map(float, found["ratios"])), tuple(map(int, found["layers"]))
+        layer, threshold = int(found["layer"]), float(found["threshold"])
     return _VFlowOptStages(ratios, layers, layer, threshold, mode)
 
 
@@ -288,3 +300,41 @@ def vflowopt_search(agreement, average: float, *, calls: int = 300, initial: int
     Returns a Search; ``.best`` is (settings, value), plain numbers to be stored as they are.
     """
     return maximise(agreement, search_bounds(average) if bounds is None else bounds, calls=calls, initial=initial, seed=seed)
+
+
+@register("conversion")
+def vflowopt_settings(model, batches, key=None, *, average: float = 0.25, calls: int = 300, initial: int = 27,
+                      seed: int = 42, layer: int = -2):
+    """Search ``vflowopt``'s settings for a trained model ("VFlowOpt").
+
+    Args:
+      model: a ``core.types.Trained``.  batches: of its data; each is run once per evaluation.  key: unused.
+      average: mean share of the image tokens over the language model's layers.  calls, initial, seed: of ``vflowopt_search``.
+      layer: of the tower, whose attention counts.
+    Returns: (model, {ratio, cell, threshold, alpha, layer, ratios [2], layers [2], agreement: the mean cosine found,
+      values [calls]}). Settings decide shapes, so each evaluation compiles.
+    """  # fmt: skip
+    batches, depth = list(batches), model.layers["llm"]
+    whole = [model.run(batch).hidden for batch in batches]
+    samples = sum(len(x) for x in whole)
+    sites = stage_sites(None, (9, 18), 28, depth)
+
+    def ratios(settings):
+        ends = (0, *sites, depth)
+        spans = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+        return settings["second"], last_ratio(average, settings["ratio"], settings["second"], layers=spans)
+
+    def agreement(settings):
+        if ratios(settings)[1] <= 0:
+            return float("nan")  # nothing would be left for the last layers
+        reduce = vflowopt_reduce(settings, average, layer=layer, depth=depth)
+        return sum(float(last_token_agreement(model.run(batch, reduce=reduce).hidden, full))
+                   for batch, full in zip(batches, whole, strict=True)) / samples  # fmt: skip
+
+    search = vflowopt_search(agreement, average, calls=calls, initial=min(initial, calls), seed=seed)
+    best, value = search.best
+    return model, {
+        **{name: np.float32(best[name]) for name in ("ratio", "cell", "threshold", "alpha")}, "layer": np.int32(layer),
+        "ratios": np.asarray(ratios(best), np.float32), "layers": np.asarray(sites, np.int32),
+        "agreement": np.float32(value), "values": np.asarray(search.values, np.float32),
+    }  # fmt: skip
