@@ -62,7 +62,7 @@ class _Exit:
     """The cut behind layer ``layer``. Whole blocks leave or stay, so that a host may split the program here: ``exits``."""
 
     layer: int
-    sites: tuple
+    among: tuple
     hidden: int
     margin: float = operand("scalar", 0.0)
 
@@ -83,7 +83,7 @@ class _Exit:
         drawn = jnp.zeros((), bool)
         if ctx.phase == "train":  # one layer of a step, the same for all: it is tried, whatever routers say
             expect("key", None, "a PRNG key: training draws the layer of a step", ctx.key is not None)
-            drawn = jax.random.randint(ctx.key, (), 0, len(self.sites)) == self.sites.index(self.layer)
+            drawn = jax.random.randint(ctx.key, (), 0, len(self.among)) == self.among.index(self.layer)
             wants = jnp.broadcast_to(drawn, wants.shape)
         here = jnp.broadcast_to(tokens.meta.valid, tokens.x.shape[:2]).any(-1)
         out = reduce_mask(tokens, jnp.broadcast_to(~wants[:, None], tokens.x.shape[:2]))

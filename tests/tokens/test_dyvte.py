@@ -141,11 +141,11 @@ def test_a_step_draws_one_layer_and_trains_its_router_alone(params):
 
     @quick
     def step(trained, weights, key):
-        def outcome(batch):
-            out = forward(bound.program, {**bound.arrays, "trained": trained}, weights, phase="train", key=key)
-            return Outcome(jnp.float32(0), {}, out[0], batch["loss_mask"], {}, {"llm": out[2]}, {})
-
         def loss(trained, weights):
+            def outcome(batch):
+                out = forward(bound.program, {**bound.arrays, "trained": trained}, weights, phase="train", key=key)
+                return Outcome(jnp.float32(0), {}, out[0], batch["loss_mask"], {}, {"llm": out[2]}, {})
+
             teacher = Outcome(jnp.float32(0), {}, whole, batch["loss_mask"], {}, {}, {})
             return objective.loss({"method": trained}, State(shared=teacher), outcome, batch, key)
 
