@@ -32,3 +32,9 @@ def one_device_per_core() -> None:
 def heads_mesh() -> Mesh:
     """All devices on the axis that cuts heads (``jaxattn.nn.partition``)."""
     return jax.make_mesh((jax.device_count(),), ("tensor",), axis_types=(AxisType.Auto,))
+
+
+def core_mesh() -> Mesh | None:
+    """For programs: a device per core and the mesh of all of them, where they are CPU cores and more than one; else None."""
+    one_device_per_core()
+    return heads_mesh() if jax.default_backend() == "cpu" and jax.device_count() > 1 else None

@@ -16,6 +16,7 @@ import argparse
 import re
 import sys
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -184,16 +185,20 @@ def table(runs: list[Run]) -> str:
                      for row in rows)  # fmt: skip
 
 
-def main(argv: list[str] | None = None, out=None) -> list[Run]:
-    """Runs the command line; returns what the table shows."""
-    out = sys.stdout if out is None else out
+def main(argv: list[str] | None = None, out=None, mesh=None) -> list[Run]:
+    """Runs the command line, on the devices of ``mesh`` where there is one; returns what the table shows."""
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return _main(argv, sys.stdout if out is None else out, mesh)
+
+
+def _main(argv: list[str] | None, out, mesh) -> list[Run]:
     p = parser()
     args = p.parse_args(argv)
     try:
         if args.steps < 1:
             raise ValueError(f"--steps: expected at least 1, got {args.steps}")
         text = read_text(args.path)
-        bound, raw = load.from_pretrained(args.path, dtype=args.dtype, part=args.part)
+        bound, raw = load.from_pretrained(args.path, dtype=args.dtype, mesh=mesh, part=args.part)
         if args.adapter:
             bound = bound._replace(params=lora.attach(bound.params, *adapters.load_adapter(bound, args.adapter)))
         config = bound.program.config

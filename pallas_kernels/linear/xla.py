@@ -1,7 +1,7 @@
 """The fast path everywhere XLA runs: a scan over chunks, each a few products of matrices.
 
 A CPU is fastest when it works on one head at a time, also when a mesh has several of them: the scores of a chunk then
-stay in its cache. Where XLA may have to cut heads over devices, and for a single chunk, they stay an axis of every
+stay in its cache; so do some chunks of all heads while they are laid out head by head. Where XLA may have to cut heads over devices, and for a single chunk, they stay an axis of every
 array. The gradient is XLA's own: one state per chunk is kept, the rest is computed again.
 """
 
@@ -19,6 +19,7 @@ from pallas_kernels.linear import decays
 from pallas_kernels.linear.reference import accumulator, dims, floored, initial, repeated
 from pallas_kernels.linear.reference import linear as token_by_token
 
+SEGMENT = 1 << 18  # floats of the queries that are laid out head by head at a time
 CHUNK, CHANNEL_CHUNK = 64, 32  # tokens per block; with a decay per channel log2 of it more products
 
 
@@ -42,7 +43,10 @@ def chunked(o: dict, size: int, scale: float, by_head: bool):
     (b, n, h, f), dv, state = q.shape, v.shape[3], initial(o)
     dtype = accumulator(q, k, v)
     g = math.lcm(k.shape[2], v.shape[2])
-    r, pieces = h // g, -(-n // size)
+    r, pieces, segments = h // g, -(-n // size), 1
+    if by_head:
+        segments = -(-pieces * size * h * f // SEGMENT)
+        pieces = -(-pieces // segments) * segments
     # padded tokens have k = 0 and log-decay 0: the state passes through them unchanged
     heads = [_pieces(repeated(x, g), pieces, size) for x in (k, v)]
     q = _pieces(q, pieces, size).reshape(b, pieces, size, g, r, f)
@@ -58,7 +62,7 @@ def chunked(o: dict, size: int, scale: float, by_head: bool):
     block = functools.partial(_channel_block if per_channel else _block, scale=scale)
     state = state.reshape(b, g, r, f, dv)
     if by_head:
-        out, state = _head_by_head(block, q, *heads, d, state)
+        out, state = _by_segment(functools.partial(_head_by_head, block), segments, (q, *heads, d), state)
     else:
         out, state = _heads_together(block, q, *heads, d, state)
     return out.reshape(b, pieces * size, h, dv)[:, :n], state.reshape(b, h, f, dv)
@@ -68,6 +72,25 @@ def _pieces(x, pieces: int, size: int):
     """[B, N, ...] -> [B, pieces, size, ...], zeros behind the end."""
     x = jnp.pad(x, [(0, 0), (0, pieces * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], pieces, size, *x.shape[2:])
+
+
+def _by_segment(f, segments: int, xs, state):
+    """``f(*xs, state) -> (out, state)`` over ``segments`` of the chunks [B, pieces, ...] in turn, a batch row at a time."""
+    if segments == 1:
+        return f(*xs, state)
+
+    def row(x):
+        xs, state = x
+
+        def one(state, xs):
+            out, state = f(*jax.tree.map(lambda x: x[None], xs), state)
+            return state, out[0]
+
+        cut = lambda x: x.reshape(segments, -1, *x.shape[1:])  # noqa: E731
+        state, out = jax.lax.scan(one, state[None], jax.tree.map(cut, xs))
+        return out.reshape(-1, *out.shape[2:]), state[0]
+
+    return jax.lax.map(row, (xs, state))
 
 
 def _head_by_head(block, q, k, v, d, state):
@@ -92,7 +115,7 @@ def _head_by_head(block, q, k, v, d, state):
     rest = first(q, (0, 3, 4)), None if d is None else first(d, (0, 3, 4)), state.reshape(b * g, *state.shape[2:])
     state, out = jax.lax.map(kv_head, (first(k, (0, 3)), first(v, (0, 3)), rest))
     out = jnp.moveaxis(out.reshape(b, g, r, pieces, size, dv), (3, 4), (1, 2))
-    return out, state
+    return out, state.reshape(b, g, r, *state.shape[2:])
 
 
 def _heads_together(block, q, k, v, d, state):
