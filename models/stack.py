@@ -179,9 +179,10 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
                 name = f"steering.{i}"
                 here[name] = steer.observe(params_of(arrays, name), here[name], call, part, ctx)
         out = out if places is None else places.average(out, x.shape[1])
-        blocks = lambda x=x, out=out: _blocks(p, block, h, x, out, runs)  # noqa: E731
+        told = any("transition" in (need.what, getattr(getattr(need.rows, "given", None), "what", "")) for need in asked)
+        moved = _blocks(p, block, h, x, out, runs) if told else ((None, None), (None, None))  # the layer's own, not made again
         ask_here = lambda need, x=x: ev.answer(need, call, part, hidden=x, k_raw=k, groups=groups, evidence=evidence,  # noqa: E731
-                                               blocks=blocks)  # fmt: skip
+                                               blocks=lambda: moved)  # fmt: skip
         seen = {need.name: ask_here(need) for need in every}
         for need in needs:
             at = int(need.at.rsplit(".", 1)[1])
@@ -192,9 +193,9 @@ def _segment(params, program, arrays, streams, a, b, *, phase, mask, cache, stat
             facts = {need.name: _live_evidence(need, call, part) for need in needs_of(policy) if need.at.endswith(".*")}
             stored = k_turned if policy.rotated else k
             pending = policy.pending(policy_params, cache_state, stored, v, meta, side, facts, ctx)
-        x = B.attention_residual(p, block, x, out)
+        x = B.residual(p, block, 1, x, moved[0][1]) if told else B.attention_residual(p, block, x, out)
         if whole_layers:
-            x = _close(p, program, arrays, here, x, runs, dataclasses.replace(ctx, x=h, hidden=x))
+            x = _close(p, program, arrays, here, x, runs, dataclasses.replace(ctx, x=h, hidden=x), moved[1][1])
         ys = (pending, {name: s.layer for name, s in here.items()}, aux, seen)
         return (x, shared, {name: s.shared for name, s in here.items()}, found), ys
 
@@ -246,9 +247,9 @@ def _blocks(p, block, h, x, out, runs):
     return (h, B.attention_output(p, block, x, out)), B.mlp_output(p, block, B.attention_residual(p, block, x, out), runs)
 
 
-def _close(p, program, arrays, here, x, runs, ctx):
-    """The feed-forward sub-block, and what methods make of a layer's output."""
-    x = B.mlp_residual(p, program.block, x, runs)
+def _close(p, program, arrays, here, x, runs, ctx, added=None):
+    """The feed-forward sub-block (``added``: its output, where it is known), and what methods make of a layer's output."""
+    x = B.mlp_residual(p, program.block, x, runs) if added is None else B.residual(p, program.block, 2, x, added)
     for i, steer in enumerate(program.steering):
         if callable(getattr(steer, "hidden", None)):
             x = steer.hidden(params_of(arrays, f"steering.{i}"), here[f"steering.{i}"], x, ctx)

@@ -137,10 +137,11 @@ def project(p: dict, c: BlockConfig, x: Array) -> tuple[Array, Array, Array]:
 
 def attention_residual(p: dict, c: BlockConfig, x: Array, out: Array) -> Array:
     """Add the projected head outputs [B, N, H, Dv] to the residual stream."""
-    return _add(p, c, 1, x, attention_output(p, c, x, out))
+    return residual(p, c, 1, x, attention_output(p, c, x, out))
 
 
-def _add(p: dict, c: BlockConfig, sub_block: int, x: Array, y: Array) -> Array:
+def residual(p: dict, c: BlockConfig, sub_block: int, x: Array, y: Array) -> Array:
+    """The residual stream x behind sub-block 1 (attention) or 2 (feed-forward), which adds y."""
     y = y * p[f"scale{sub_block}"]["scale"].astype(y.dtype) if c.layer_scale else y
     return norm(p[f"norm{sub_block}"], c, x + y) if c.order == "post" else x + y
 
@@ -152,7 +153,7 @@ def attention_output(p: dict, c: BlockConfig, x: Array, out: Array) -> Array:
 
 
 def mlp_residual(p: dict, c: BlockConfig, x: Array, runs: tuple = ()) -> Array:
-    return _add(p, c, 2, x, mlp_output(p, c, x, runs)[1])
+    return residual(p, c, 2, x, mlp_output(p, c, x, runs)[1])
 
 
 def mlp_output(p: dict, c: BlockConfig, x: Array, runs: tuple = ()) -> tuple[Array, Array]:
