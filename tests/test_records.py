@@ -52,6 +52,7 @@ EXAMPLES = {
     ("tokens", "tokenflex"): {"sizes": (4, 9)},
     ("tokens", "visiondrop_stages"): {"keep": ((6, 2), (4, 2), (2, 1))},
     ("tokens", "visiondrop"): {"dominant": 6, "contextual": 2},
+    ("tokens", "vmtc"): {"keep": 6, "clusters": 4},
     ("objective", "meap"): {"mask_id": 3},
     ("analysis", "attention_sink_emergence"): {"layers": LLM.layers},
     ("analysis", "text_dominance"): {"layers": LLM.layers},

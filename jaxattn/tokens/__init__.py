@@ -78,6 +78,7 @@ from jaxattn.tokens.vflowopt import (
     vflowopt_stages,
 )
 from jaxattn.tokens.visiondrop import dominant_contextual, visiondrop, visiondrop_encode, visiondrop_stages
+from jaxattn.tokens.vmtc_cmai import cmai, cmai_focus, cmai_inhibited, vmtc, vmtc_condense
 from jaxattn.tokens.vtc_cls import vtc_cls, vtc_cls_scores
 from jaxattn.tokens.yopo import neighbourhood, yopo, yopo_heads, yopo_mask
 from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zoo_prune_picks, zoo_prune_select
@@ -85,23 +86,23 @@ from jaxattn.tokens.zoo_prune import sensitivity, unit_directions, zoo_prune, zo
 __all__ = [
     "adaptinfer", "adaptinfer_counts", "adaptinfer_layers", "adaptinfer_scores", "adatoken_3d", "adatoken_rates",
     "aim", "aim_merge", "aim_merge_tokens", "as_vit", "as_vit_scores", "attention_debiasing", "attention_shift",
-    "average_rows", "box_share", "content_mask", "content_words", "contribution_curve", "debias", "decouple",
-    "dominant_contextual", "dtome", "dymu", "dymu_calibration", "dymu_thresholds", "dymu_unmerge", "dyvte",
-    "dyvte_router", "fastervlm", "fastervlm_scores", "fastv", "fit_trend", "flow_score", "flowcut", "flowcut_left",
-    "flowcut_scores", "flowcut_text", "focusui", "focusui_keep", "focusui_rows", "fused_label", "g_search",
-    "g_search_rates", "gated_project", "group_ratios", "hiprune", "hiprune_scores", "hiprune_select", "holov",
-    "holov_crops", "holov_quotas", "holov_select", "holov_tokens", "information_flow", "init_perceiver",
-    "init_projector", "init_router", "init_slimming", "last_ratio", "last_token_agreement", "layer_flops",
-    "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select", "mustdrop", "mustdrop_keep",
-    "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan", "mustdrop_trim", "neighbourhood",
-    "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy", "patch_scores", "pointer_logits",
-    "pointer_target", "policy_attention", "pool_grid", "prompt_rows", "pyramiddrop", "quota", "quota_counts",
-    "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES", "quota_scores", "quota_shares",
-    "random", "read_back", "real_patches", "recycle", "region_weight", "run_ends", "scorer_loss", "sensitivity",
-    "sit", "slim", "slimming_weights", "straight_through", "text_prior", "textmonkey", "textmonkey_redundancy",
-    "tie_seed", "todre", "todre_exit", "todre_picks", "todre_select", "token_transition", "tokenflex", "transprune",
-    "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt", "vflowopt_importance",
-    "vflowopt_reduce", "vflowopt_search", "vflowopt_stages", "virtual_unmerge", "visiondrop", "visiondrop_encode",
-    "visiondrop_stages", "visual_exit", "vtc_cls", "vtc_cls_scores", "window_similarity", "yopo", "yopo_heads",
-    "yopo_mask", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
+    "average_rows", "box_share", "cmai", "cmai_focus", "cmai_inhibited", "content_mask", "content_words",
+    "contribution_curve", "debias", "decouple", "dominant_contextual", "dtome", "dymu", "dymu_calibration",
+    "dymu_thresholds", "dymu_unmerge", "dyvte", "dyvte_router", "fastervlm", "fastervlm_scores", "fastv", "fit_trend",
+    "flow_score", "flowcut", "flowcut_left", "flowcut_scores", "flowcut_text", "focusui", "focusui_keep",
+    "focusui_rows", "fused_label", "g_search", "g_search_rates", "gated_project", "group_ratios", "hiprune",
+    "hiprune_scores", "hiprune_select", "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens",
+    "information_flow", "init_perceiver", "init_projector", "init_router", "init_slimming", "last_ratio",
+    "last_token_agreement", "layer_flops", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
+    "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan",
+    "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy",
+    "patch_scores", "pointer_logits", "pointer_target", "policy_attention", "pool_grid", "prompt_rows", "pyramiddrop",
+    "quota", "quota_counts", "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES",
+    "quota_scores", "quota_shares", "random", "read_back", "real_patches", "recycle", "region_weight", "run_ends",
+    "scorer_loss", "sensitivity", "sit", "slim", "slimming_weights", "straight_through", "text_prior", "textmonkey",
+    "textmonkey_redundancy", "tie_seed", "todre", "todre_exit", "todre_picks", "todre_select", "token_transition",
+    "tokenflex", "transprune", "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt",
+    "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages", "virtual_unmerge", "visiondrop",
+    "visiondrop_encode", "visiondrop_stages", "visual_exit", "vmtc", "vmtc_condense", "vtc_cls", "vtc_cls_scores",
+    "window_similarity", "yopo", "yopo_heads", "yopo_mask", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip
