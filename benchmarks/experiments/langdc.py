@@ -76,9 +76,8 @@ def encode(c: langdc.LangDCConfig, params: dict, images: np.ndarray, words: np.n
     return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
-def by_digits(count: np.ndarray, words: np.ndarray, stop: int) -> dict[int, float]:
-    """{digits in a scene: mean soft tokens} of counts [S] and true captions [S, M]."""
-    digits = np.asarray(langdc.caption_length(jnp.asarray(words), stop))
+def by_digits(count: np.ndarray, digits: np.ndarray) -> dict[int, float]:
+    """{digits in a scene: mean soft tokens} of counts and numbers of digits [S]."""
     return {int(d): float(count[digits == d].mean()) for d in np.unique(digits)}
 
 
@@ -102,6 +101,11 @@ def run(e: Experiment) -> dict[str, float]:
         made = encode(c, params, images, None) if split == "validation" else None
         data[split] = (given, made, of_video, words)
         print(f"{split}: {videos} videos of {e.clips} scenes", flush=True)
+
+    _, made, _, words = data["validation"]
+    digits = np.asarray(langdc.caption_length(jnp.asarray(words), c.stop))
+    table = by_digits(made[1].reshape(-1), digits)
+    print("soft tokens of a scene by its digits: " + "  ".join(f"{d}: {n:.2f}" for d, n in table.items()), flush=True)
 
     def logits(mine, soft, count, tokens):
         every = {**mine, "caption": {}}
@@ -130,17 +134,14 @@ def run(e: Experiment) -> dict[str, float]:
         if i % 200 == 0 or i + 1 == e.steps:
             print(f"step {i}  loss {float(value):.3f}", flush=True)
 
-    given, made, presence, words = data["validation"]
+    given, made, presence, _ = data["validation"]
     tokens, answer = questions(presence, vocabulary, np.random.default_rng(1))
     right = lambda x: float((np.asarray(jax.jit(logits)(mine, *x, tokens)).argmax(-1) == answer).mean())  # noqa: E731
-    table = by_digits(made[1].reshape(-1), words, c.stop)
-    digits = np.asarray(langdc.caption_length(jnp.asarray(words), c.stop))
     figures = {
         "generated": right(made), "given": right(given), "blind": right((np.zeros_like(made[0]), np.zeros_like(made[1]))),
         "tokens": float(made[1].sum(1).mean()), "patches": float(e.clips * caption.visual),
         "correlation": float(np.corrcoef(made[1].reshape(-1), digits)[0, 1]),
     }  # fmt: skip
-    print("soft tokens of a scene by its digits: " + "  ".join(f"{d}: {n:.2f}" for d, n in table.items()))
     print("  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     return figures
 
