@@ -126,11 +126,12 @@ def conversion(text: str):
     return name, registry.build(f"conversion {name!r}", given, arguments), arguments
 
 
-def convert(text: str, model: Trained, batches: Iterable[dict], out: Path, key=None, **header) -> dict[str, np.ndarray]:
-    """Run the conversion that ``text`` names and write its artifact; returns the arrays."""
+def convert(text: str, model: Trained, batches: Iterable[dict], out: Path, key=None,
+            header: dict[str, Any] | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Run the conversion that ``text`` names and write its artifact with what ``header`` says beside; returns the arrays."""
     name, run, arguments = conversion(text)
     _, found = run(model, batches, jax.random.key(0) if key is None else key)
-    artifact.save(out, found, maker=name, arguments=arguments, **header)
+    artifact.save(out, found, maker=name, arguments=arguments, **(header or {}))
     return found
 
 
@@ -155,8 +156,8 @@ def run(config: Convert) -> int:
     batches = [held.fetch(np.arange(i, i + config.batch) % held.size) for i in range(0, count, config.batch)]
     out = config.model / f"{name}.npz" if config.out is None else config.out
     began = time.perf_counter()
-    found = convert(config.method, Trained(bound), batches, out, jax.random.key(config.seed), model=str(config.model),
-                    split=config.split, batches=config.batches, batch=config.batch, seed=config.seed)  # fmt: skip
+    about = {"run": str(config.model)} | {x: getattr(config, x) for x in ("split", "batches", "batch", "seed")}
+    found = convert(config.method, Trained(bound), batches, out, jax.random.key(config.seed), about)
     for entry, value in found.items():
         print(f"{entry}: {_shown(value)}")
     print(f"wrote {out.with_suffix('.npz') if not out.suffix else out} in {time.perf_counter() - began:.1f} s")

@@ -11,6 +11,7 @@ from jaxattn.core.types import Trained as Protocol
 from models import vlm
 from tests.models.small import LLM, VLM, images, prompts, vlm_params
 from train import convert
+from train.__main__ import main
 
 RNG = np.random.default_rng(0)
 T = 9
@@ -33,7 +34,7 @@ def batch():
 
 def test_heads_that_look_at_the_image(model, batch, tmp_path):
     assert isinstance(model, Protocol)
-    found = convert.convert("yopo:share=0.5,first=1", model, [batch, batch], tmp_path / "yopo", split="train")
+    found = convert.convert("yopo:share=0.5,first=1", model, [batch, batch], tmp_path / "yopo", header={"split": "train"})
     heads = found["heads"]
     assert heads.shape == (LLM.layers, LLM.block.heads) and heads[0].all() and 0.5 <= heads.mean() < 1
     np.testing.assert_array_equal(found["ratio"][:2], found["ratio"][2:])  # a sample of each row of each batch
@@ -84,3 +85,24 @@ def test_files_and_names(tmp_path):
         with pytest.raises(ValueError, match=message):
             convert.conversion(text)
     assert convert.conversion("g-search")[0] == "g_search_shares"
+
+
+def test_the_command(model, batch, tmp_path, monkeypatch, capsys):
+    class Data:
+        size = 2
+
+        def fetch(self, rows):
+            assert len(rows) == 2
+            return batch
+
+    said = {"task": "vlm", "size": 96, "patch": 8, "length": 128, "tokenizer": "byte"}
+    monkeypatch.setattr("train.methods.load", lambda run: ({}, {"config": said}))
+    monkeypatch.setattr("train.tasks.load", lambda run, **_: model.bound)
+    monkeypatch.setattr("train.data.vlm_dataset", lambda *_, **__: Data())
+    command = ["--model", "runs/x", "--out", str(tmp_path / "d.npz"), "--batches", "1", "--batch", "2"]
+    assert main(["convert", "dymu:total=7", *command]) == 0
+    assert "merges: [4, 3]" in capsys.readouterr().out
+    header = artifact.load(tmp_path / "d.npz", "dymu_thresholds")[1]
+    assert header == {"maker": "dymu_thresholds", "arguments": "total=7", "run": "runs/x", "split": "train", "batches": 1,
+                      "batch": 2, "seed": 0}  # fmt: skip
+    assert main(["convert", "nothing", *command]) == 1 and "unknown conversion" in capsys.readouterr().err
