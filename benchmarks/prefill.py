@@ -14,7 +14,7 @@ class Prefill:
 
     schedules: tuple[str, ...] = ("fastv", "pyramiddrop", "transprune", "adaptinfer")
     """Methods that act inside the language model, at ``average`` tokens per layer."""
-    choosers: tuple[str, ...] = ("fastervlm", "vtc_cls", "hiprune", "visiondrop", "holov", "vflowopt")
+    choosers: tuple[str, ...] = ("fastervlm", "vtc_cls", "hiprune", "visiondrop", "holov")
     """Attention-based methods in front of the language model, at ``keep`` tokens."""
     keep: int = 64
     average: int = 192
