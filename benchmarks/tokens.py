@@ -45,6 +45,8 @@ class Tokens:
     out: Path = Path("runs/tokens-board")
     report: Path = Path("benchmarks/results")
     """Folder of the board, whose files carry the date."""
+    answer: bool = True
+    """--no-answer writes the board of what is in <out>/results and runs nothing."""
     show: int = 2
     """Scenes in the picture of what is kept."""
     model: Path | None = None
@@ -129,6 +131,7 @@ def trained_models(options: Tokens) -> Iterator[tuple[str, str, Any]]:
 
 def on_scenes(options: Tokens) -> int:
     from benchmarks.boards import outcomes, scene_exam, token_page
+    from benchmarks.boards.budgets import Unfit
     from train import scenes, tasks
     from train.data import vlm_dataset
     from train.data.questions import Vocabulary
@@ -147,7 +150,10 @@ def on_scenes(options: Tokens) -> int:
     exam = scene_exam.exam_of(batches, vocabulary.ids["yes"], vocabulary.ids["no"])
     store = outcomes.Store(options.out / "results")
     board = scene_exam.Board(model, checkpoints, batches, store, options.rounds, options.show, say)
-    found, costs, refused = board.work(entries)
+    found, costs, refused = board.work(entries) if options.answer else board.read(entries)
+    there = {e.label for e in entries if all((e.label, c[0]) in found for c in checkpoints)}
+    refused += [Unfit(e.method, e.budget, "not answered yet") for e in entries if e.label not in there
+                and (e.method, e.budget) not in {(u.method, u.budget) for u in refused}]  # fmt: skip
     name = f"{datetime.date.today().isoformat()}-tokens"
     facts = {"checkpoints": [c[0] for c in checkpoints], "images": options.scenes, "tokens": model.visual,
              "layers": model.llm.layers, "positions": options.positions, "batch": options.batch,

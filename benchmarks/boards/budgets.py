@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxattn import registry
-from jaxattn.core.types import expect
+from jaxattn.core.types import bucket, expect
 from models.bind import as_record, needs_of, scheduled
 from models.multimodal import vlm
 
@@ -150,10 +150,13 @@ RULES: dict[str, Rule] = {
     "holov": Rule("project"),
     "todre": Rule("project"),
     "zoo_prune": Rule("project"),
+    "textmonkey": Rule("project"),
     "flowcut": Rule("vision"),
     "aim_merge": Rule("project", lambda left, n, depth: {"parts": merge_parts(n, left)}),
     "visiondrop": Rule("vision", lambda left, n, depth: {"dominant": left - left // 8, "contextual": left // 8}),
     "mustdrop_merge": Rule("vision.1", _windows),
+    "vmtc": Rule("vision", lambda left, n, depth: {"keep": left - max(1, left // 8), "clusters": max(1, left // 8)}),
+    "dymu": Rule("vision", lambda x, n, depth: {"thresholds": 2.0, "least": int((1 - x) * n)}, "share"),
     "vflowopt": Rule("vision", lambda x, n, depth: {"ratio": x, "cell": max(1.0, 15.58 / 27 * n**0.5)}, "share"),
     # One cut behind the first layers (two of 32 as published).
     "fastv": Rule("llm.first", _rows, "share"),
@@ -172,16 +175,25 @@ RULES: dict[str, Rule] = {
     "aim": Rule("llm", lambda enter, n, depth: {"start": 0, "end": depth - 2}, "enter", "aim_merge"),
     "visiondrop_stages": Rule("llm", _visiondrop_stages, "enter", "visiondrop"),
     "vflowopt_stages": Rule("llm", _vflowopt_stages, "enter", "vflowopt"),
+    "visual_exit": Rule("llm", lambda enter, n, depth: {"layer": max(0, depth // 2 - 1)}, "enter"),
     "todre_exit": Rule("llm", lambda enter, n, depth: {}, "enter", "todre"),
 }
 UNFIT = {
+    "as_vit": "its thresholds are trained together with the tower",
+    "dyvte": "its routers are trained; visual_exit is the constant that it is measured against",
     "mustdrop_keys": "it labels patches and drops none: a part of mustdrop",
     "focusui": "its scorer is trained on regions of screenshots",
+    "sit": "its slimming modules are trained",
+    "tokenflex": "its projector is trained in place of the model's",
     "quota": "it shares a budget among the frames of a video, and these are single images",
 }
+NEUTRAL = ("textmonkey",)  # trained parts that start as no change: fair without training
 NOTES = {
+    "dymu": "as many merges for every image: its thresholds are not calibrated",
     "adatoken_3d": "its shares fall geometrically: they are not calibrated",
     "attention_debiasing": "on fastv, with the published trend scaled to this number of tokens",
+    "textmonkey": "its cross-attention is not trained: it starts as no change",
+    "visual_exit": "all visual tokens leave after half of the layers",
     "todre_exit": "images whose visual tokens leave early are counted as if they stayed",
     "vflowopt": "published settings, not searched",
     "vflowopt_stages": "published settings, not searched",
@@ -195,8 +207,10 @@ def count(record, n: int) -> int:
         return count(record.host, n)
     if callable(getattr(record, "count", None)):
         return min(n, record.count(n))
-    keep = getattr(record, "keep", None)
-    return min(n, keep if isinstance(keep, int) else record.rows(n))
+    keep, rows = getattr(record, "keep", None), min(n, record.rows(n))
+    # A budget's arrays are as long as its bucket; what has more rows than that leaves others beside the ones it keeps.
+    exact = isinstance(keep, int) and rows in (n, bucket(keep))
+    return min(rows, keep) if exact else rows
 
 
 def rows_by_layer(reduce: Sequence[tuple[str, Any]], model: vlm.VLMConfig) -> tuple[int, ...]:
@@ -211,8 +225,8 @@ def rows_by_layer(reduce: Sequence[tuple[str, Any]], model: vlm.VLMConfig) -> tu
             towers[layer] = record
         else:
             between[site] = record
-    for _, record in scheduled(towers, model.vision.layers, "vision"):
-        n = count(record, n)
+    for layer, record in scheduled(towers, model.vision.layers, "vision"):
+        n = count(record, n) if layer < model.run_layers else n  # a cut behind the select layer never happens
     for site in ("vision", "project"):
         n = count(between[site], n) if site in between else n
     left, rows = dict.fromkeys(range(depth)), []
@@ -266,10 +280,11 @@ def entry(method: str, budget: int, model: vlm.VLMConfig, *, positions: str | No
     try:
         reduce, note = _meet(method, rule, budget, model, positions)
         layers = rows_by_layer(reduce, model)
+        expect("budget", budget, f"more: it leaves {max(layers)} rows", sum(layers) <= budget * len(layers))
     except ValueError as error:
         return Unfit(method, budget, str(error))
     trained = [site for site, record in reduce if hasattr(record, "init")]
-    if trained:
+    if trained and name not in NEUTRAL:
         return Unfit(method, None, "it has parts that are trained, and these checkpoints were trained without them")
     note = "; ".join(x for x in (note, NOTES.get(name, "")) if x)
     return Entry(method, budget, reduce, layers, any(not hasattr(r, "mode") for s, r in reduce if s[:3] != "llm"), note)
@@ -308,7 +323,9 @@ def _meet(method: str, rule: Rule | None, budget: int, model: vlm.VLMConfig, pos
         front = entry(rule.front, enter, model, positions=said)
         if isinstance(front, Unfit):
             raise ValueError(front.reason)
-        return (*front.reduce, *beside, (site, record))
+        whole = (*front.reduce, *beside, (site, record))
+        expect("budget", budget, "more: its cuts leave too many rows", len(dict(whole)) == len(whole))
+        return whole
 
     def fits(reduce) -> bool:
         return sum(rows_by_layer(reduce, model)) <= budget * depth

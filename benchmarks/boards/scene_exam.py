@@ -139,19 +139,26 @@ class Board:
         return {"what": "cost", **entry_key(e), "model": repr(self.model), "batch": self.size, "rounds": self.rounds,
                 "device": self.device}  # fmt: skip
 
-    def work(self, entries: Sequence[Entry]) -> tuple[dict, dict, list[Unfit]]:
-        """(outcomes by (label, checkpoint), costs by label, what the model refused)."""
-        from benchmarks.tokens import Progress
-
-        found, costs, refused, group, progress = {}, {}, [], [], Progress(len(entries))
+    def read(self, entries: Sequence[Entry]) -> tuple[dict, dict, list[Unfit]]:
+        """What ``work`` returns, of what is there."""
+        found, costs = {}, {}
         for e in entries:
             loaded = {name: self.store.load(self.answer_key(e, name, identity)) for name, identity, _ in self.checkpoints}
             found |= {(e.label, name): Outcome.of_json(x) for name, x in loaded.items() if x is not None}
             cost = self.store.load(self.cost_key(e))
             if cost is not None:
                 costs[e.label] = cost
-            missing = [c for c in self.checkpoints if loaded[c[0]] is None]
-            if not missing and cost is not None:
+        return found, costs, []
+
+    def work(self, entries: Sequence[Entry]) -> tuple[dict, dict, list[Unfit]]:
+        """(outcomes by (label, checkpoint), costs by label, what the model refused)."""
+        from benchmarks.tokens import Progress
+
+        found, costs, refused = self.read(entries)
+        group, progress = [], Progress(len(entries))
+        for e in entries:
+            missing = [c for c in self.checkpoints if (e.label, c[0]) not in found]
+            if not missing and e.label in costs:
                 progress(f"{e.label}  kept from before")
                 continue
             try:
@@ -166,7 +173,7 @@ class Board:
                 continue
             if e.method == FULL:
                 self.full = program
-            if cost is None:
+            if e.label not in costs:
                 group.append((e, program))
             if len(group) == GROUP:
                 costs |= self.timed(group)
