@@ -13,11 +13,11 @@ from jaxattn.tokens.adaptinfer import (
 )
 from jaxattn.tokens.adatoken_3d import adatoken_3d, adatoken_rates, contribution_curve, information_flow
 from jaxattn.tokens.aim import aim, aim_merge, aim_merge_tokens, pagerank_importance
-from jaxattn.tokens.as_vit import as_vit, as_vit_scores, layer_flops, policy_attention, straight_through
+from jaxattn.tokens.as_vit import as_vit, as_vit_scores, layer_flops, policy_attention_reference, straight_through
 from jaxattn.tokens.attention_debiasing import attention_debiasing, debias, fit_trend, real_patches, trend_weights
 from jaxattn.tokens.baselines import mean_pool, random, uniform
-from jaxattn.tokens.dyvte import dyvte, dyvte_router, init_router, prompt_rows, visual_exit
 from jaxattn.tokens.dymu import dtome, dymu, dymu_calibration, dymu_thresholds, dymu_unmerge, virtual_unmerge
+from jaxattn.tokens.dyvte import dyvte, dyvte_router, init_router, prompt_rows, visual_exit
 from jaxattn.tokens.fastervlm import fastervlm, fastervlm_scores
 from jaxattn.tokens.flowcut import flow_score, flowcut, flowcut_left, flowcut_scores, flowcut_text
 from jaxattn.tokens.focusui import (
@@ -96,13 +96,14 @@ __all__ = [
     "last_token_agreement", "layer_flops", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
     "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan",
     "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy",
-    "patch_scores", "pointer_logits", "pointer_target", "policy_attention", "pool_grid", "prompt_rows", "pyramiddrop",
-    "quota", "quota_counts", "quota_frames", "quota_grid", "quota_merge", "quota_resize", "QUOTA_RESIZES",
-    "quota_scores", "quota_shares", "random", "read_back", "real_patches", "recycle", "region_weight", "run_ends",
-    "scorer_loss", "sensitivity", "sit", "slim", "slimming_weights", "straight_through", "text_prior", "textmonkey",
-    "textmonkey_redundancy", "tie_seed", "todre", "todre_exit", "todre_picks", "todre_select", "token_transition",
-    "tokenflex", "transprune", "transprune_scores", "trend_weights", "uniform", "unit_directions", "vflowopt",
-    "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages", "virtual_unmerge", "visiondrop",
-    "visiondrop_encode", "visiondrop_stages", "visual_exit", "vmtc", "vmtc_condense", "vtc_cls", "vtc_cls_scores",
-    "window_similarity", "yopo", "yopo_heads", "yopo_mask", "zoo_prune", "zoo_prune_picks", "zoo_prune_select",
+    "patch_scores", "pointer_logits", "pointer_target", "policy_attention_reference", "pool_grid", "prompt_rows",
+    "pyramiddrop", "quota", "quota_counts", "quota_frames", "quota_grid", "quota_merge", "quota_resize",
+    "QUOTA_RESIZES", "quota_scores", "quota_shares", "random", "read_back", "real_patches", "recycle",
+    "region_weight", "run_ends", "scorer_loss", "sensitivity", "sit", "slim", "slimming_weights", "straight_through",
+    "text_prior", "textmonkey", "textmonkey_redundancy", "tie_seed", "todre", "todre_exit", "todre_picks",
+    "todre_select", "token_transition", "tokenflex", "transprune", "transprune_scores", "trend_weights", "uniform",
+    "unit_directions", "vflowopt", "vflowopt_importance", "vflowopt_reduce", "vflowopt_search", "vflowopt_stages",
+    "virtual_unmerge", "visiondrop", "visiondrop_encode", "visiondrop_stages", "visual_exit", "vmtc", "vmtc_condense",
+    "vtc_cls", "vtc_cls_scores", "window_similarity", "yopo", "yopo_heads", "yopo_mask", "zoo_prune",
+    "zoo_prune_picks", "zoo_prune_select",
 ]  # fmt: skip

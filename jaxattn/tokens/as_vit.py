@@ -6,9 +6,10 @@ share of head h in the token's output. A cut keeps s_j > theta, one trained scal
 
 In training (phase "train", mode "mask") no token leaves: its decision, 1 or 0 with the gradient of
 sigmoid((s - theta) / tau), becomes the row's ``Meta.weight``: other rows attend to it with that weight and it always
-attends to itself, so that the loss says what each token would have been worth (``policy_attention`` is the formula; its eps
-is left out, since a row's own key is mass enough). A decision replaces the one before; a token that no row sees scores 0, so
-it stays away. Otherwise what falls below leaves: ``valid`` is cleared, or with a ``capacity`` rows are gathered.
+attends to itself, so that the loss says what each token would have been worth (``policy_attention_reference`` is the
+formula; its eps is left out, since a row's own key is mass enough). A decision replaces the one before; a token that no row
+sees scores 0, so it stays away. Otherwise what falls below leaves: ``valid`` is cleared, or with a ``capacity`` rows are
+gathered.
 
 ``jaxattn.objectives.as_vit`` trains thresholds and model to a budget of multiplications.
 """
@@ -37,7 +38,7 @@ def as_vit_scores(cls_attention: Array, head_out: Array) -> Array:
     return jnp.einsum("bhn,bnh->bn", cls_attention, share)
 
 
-def policy_attention(q: Array, k: Array, v: Array, policy: Array, eps: float = 1e-6) -> tuple[Array, Array]:
+def policy_attention_reference(q: Array, k: Array, v: Array, policy: Array, eps: float = 1e-6) -> tuple[Array, Array]:
     """The published attention, plainly: (out [B, N, H, D], probabilities [B, H, N, N]); small N only.
 
     exp(logit - row's maximum) of token j counts policy_j times, for j itself once, and eps joins the mass, spread evenly.
@@ -176,4 +177,4 @@ def as_vit(layers: tuple[int, ...] | None = None, thresholds: tuple[float, ...] 
     return _ASViT(layers, thresholds, score, tau, capacity, even)
 
 
-__all__ = ["as_vit", "as_vit_scores", "layer_flops", "policy_attention", "straight_through"]
+__all__ = ["as_vit", "as_vit_scores", "layer_flops", "policy_attention_reference", "straight_through"]

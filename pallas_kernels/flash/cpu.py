@@ -1,8 +1,9 @@
 """The fast path on CPU cores: one step is one query tile of one head against its whole list.
 
 Scores of a step stay in a core's cache, and a step whose listed units are all seen whole tests no mask. Keys that lists
-read again and again are laid out once per head, end to end; others are read where they lie ([B, M, G, D]). Heads are walked one after another, so this body is for a device that
-holds all it computes: alone, or inside a shard_map with a core per device. The mathematics of a tile pair is ``xla``'s.
+read again and again are laid out once per head, end to end; others are read where they lie ([B, M, G, D]). Heads are
+walked one after another, so this body is for a device that holds all it computes: alone, or inside a shard_map with a
+core per device. The mathematics of a tile pair is ``xla``'s.
 
 A device that owns several cores takes several heads per step instead, for XLA to share out among its threads. Few
 queries that read one list for all heads take the heads side by side, too: whole rows of the cache, each read once.

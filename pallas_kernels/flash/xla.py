@@ -209,8 +209,8 @@ def finite(diff: dict, v, ints: dict):
     """The inputs with 0 in place of what is not finite in keys and values, and a note of the keys it stood in: rows that
     see one get NaN, and to others it is nothing, where 0 x NaN would reach them too."""
     k, g = diff["k"], diff["q"].shape[1]
-    whole = jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1) if k.shape[1] == g else _finite_beside(k, g) & _finite_beside(v, g)
-    broken = ~whole
+    sound = lambda x: jnp.isfinite(x).all(-1) if k.shape[1] == g else _finite_beside(x, g)  # noqa: E731
+    broken = ~(sound(k) & sound(v))
     k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     return diff | {"k": k}, v, ints | {"broken": broken}
 

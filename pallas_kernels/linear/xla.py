@@ -1,8 +1,9 @@
 """The fast path everywhere XLA runs: a scan over chunks, each a few products of matrices.
 
 A CPU is fastest when it works on one head at a time, also when a mesh has several of them: the scores of a chunk then
-stay in its cache; so do some chunks of all heads while they are laid out head by head. Where XLA may have to cut heads over devices, and for a single chunk, they stay an axis of every
-array. The gradient is XLA's own: one state per chunk is kept, the rest is computed again.
+stay in its cache; so do some chunks of all heads while they are laid out head by head. Where XLA may have to cut heads
+over devices, and for a single chunk, they stay an axis of every array. The gradient is XLA's own: one state per chunk is
+kept, the rest is computed again.
 """
 
 from __future__ import annotations

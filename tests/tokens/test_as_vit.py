@@ -32,7 +32,7 @@ def projected():
 def test_the_authors_layer(name, eps):
     q, k, v, behind = projected()
     policy = GOLDEN["policy"][..., 0] if name == "policy" else np.ones(q.shape[:2])
-    out, p = jax.jit(tokens.policy_attention, static_argnames="eps")(q, k, v, policy, eps=eps)
+    out, p = jax.jit(tokens.policy_attention_reference, static_argnames="eps")(q, k, v, policy, eps=eps)
     np.testing.assert_allclose(behind(out), GOLDEN[f"out_{name}"], atol=1e-5)
     score = tokens.as_vit_scores(p[:, :, 0, 1:], out[:, 1:])
     np.testing.assert_allclose(score, GOLDEN[f"score_{name}"], atol=1e-5)
@@ -48,7 +48,7 @@ def test_weights_of_keys_are_the_policy():
         meta = Meta.of(q.shape[1]).replace(weight=policy)
         return attend(q, k, v, q_meta=meta, k_meta=meta).out
 
-    plain = lambda *x: tokens.policy_attention(*x, eps=0.0)[0]  # noqa: E731
+    plain = lambda *x: tokens.policy_attention_reference(*x, eps=0.0)[0]  # noqa: E731
     pull = lambda f: jax.jit(jax.value_and_grad(lambda *x: jnp.sum(f(*x) * cotangent), (0, 1, 2, 3)))  # noqa: E731
     (a, da), (b, db) = (pull(f)(q, k, v, policy) for f in (fast, plain))
     np.testing.assert_allclose(a, b, rtol=1e-5)
