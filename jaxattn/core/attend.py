@@ -19,6 +19,7 @@ from pallas_kernels.profile import column_sums
 
 TILE, UNIT = 256, 512  # query rows and key rows per step of the dense path, where a chip's own are not known
 FEW, MANY = 16, 1024  # query rows that decode together, and listed keys from which on fetching them all at once pays
+SEEN = 1e-18  # of a row's mass: less than this left by weighted keys is none (its square still divides)
 FINE = 128  # of both, where a mask known at trace time then leaves a good deal less to compute
 
 
@@ -140,7 +141,7 @@ def _weighed(call: Call, implementation: str | None) -> Part:
     seen = jnp.isfinite(part.lse) & _per_key(jnp.asarray(meta.valid))
     own = jnp.where(seen, jnp.exp(jnp.where(seen, own - jnp.where(seen, part.lse, 0.0), 0.0)), 0.0)[..., None] * (1 - w)
     mass = part.out[..., -1:] + own
-    some = mass > 0
+    some = mass > SEEN
     out = jnp.where(some, (part.out[..., :-1] + own * v) / jnp.where(some, mass, 1.0), 0.0)
     lse = jnp.where(some[..., 0], part.lse + jnp.log(jnp.where(some, mass, 1.0))[..., 0], -jnp.inf)
     return Part(out.astype(call.v.dtype), lse)

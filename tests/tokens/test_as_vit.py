@@ -75,7 +75,7 @@ def test_multiplications_of_a_layer():
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda x: 3 * x, vit.init(CONFIG))
+    return jax.tree.map(lambda x: 1.5 * x, vit.init(CONFIG))
 
 
 def record(**changes):
