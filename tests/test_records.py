@@ -140,7 +140,7 @@ def see(program, arrays, params, image):
 
 def look(program, arrays, params, image, tokens):
     bound = Bound(program, arrays, params)
-    return vlm.forward(bound, image, tokens)[0].logits
+    return vlm.forward(bound, image, tokens, key=jax.random.key(0))[0].logits  # some draw in training
 
 
 def say(program, arrays, params, image, tokens):
