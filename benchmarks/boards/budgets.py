@@ -59,7 +59,8 @@ class Unfit:
 class Rule:
     """How a method meets a budget.
 
-    site: where it is bound.  given: (number, rows that come in, layers of the language model) -> arguments.
+    site: where it is bound.  given: (number, rows that come in, layers) -> arguments; layers of the language model, or those
+      of the tower that run where the site is there.
     number: what that number is. "budget": the budget itself; "share": a share in (0, 1], searched; "enter": the rows that
       come in, searched, behind ``front``.
     front: the method that brings the rows down in front of it. For "share" only where the layers before its first cut
@@ -111,6 +112,14 @@ def _windows(left, n, depth):
     return {"threshold": 2.0, "least": least}
 
 
+def _dymu(x, n, layers):
+    merges, least = int((1 - x) * n), []
+    for i in range(layers):
+        pairs = (n - sum(least)) // 2  # a matching halves the rows at most
+        least.append(min(pairs, merges // layers + (i < merges % layers)))
+    return {"thresholds": 2.0, "least": tuple(least)}
+
+
 def _pyramiddrop(x, n, depth):
     at = places((8, 16, 24), 32, depth)
     return {"layers": at, "ratios": powers((0.5, 0.25, 0.125), x, len(at))}
@@ -156,7 +165,7 @@ RULES: dict[str, Rule] = {
     "visiondrop": Rule("vision", lambda left, n, depth: {"dominant": left - left // 8, "contextual": left // 8}),
     "mustdrop_merge": Rule("vision.1", _windows),
     "vmtc": Rule("vision", lambda left, n, depth: {"keep": left - max(1, left // 8), "clusters": max(1, left // 8)}),
-    "dymu": Rule("vision", lambda x, n, depth: {"thresholds": 2.0, "least": int((1 - x) * n)}, "share"),
+    "dymu": Rule("vision", _dymu, "share"),
     "vflowopt": Rule("vision", lambda x, n, depth: {"ratio": x, "cell": max(1.0, 15.58 / 27 * n**0.5)}, "share"),
     # One cut behind the first layers (two of 32 as published).
     "fastv": Rule("llm.first", _rows, "share"),
@@ -311,12 +320,13 @@ def _meet(method: str, rule: Rule | None, budget: int, model: vlm.VLMConfig, pos
     if rule is None:
         record = build(method, {"keep": budget}, model, positions)
         return ((_site(record, depth), record),), ""
+    layers = model.run_layers if rule.site.startswith("vision") else depth
     site = rule.site.replace("first", str(max(1, round(2 * depth / 32))))
     beside = tuple((where, build(name, {}, model, positions)) for where, name in rule.beside)
 
     def made(number, enter: int):
         """All that is bound, with ``enter`` rows before the method."""
-        record = build(method, rule.given(number, enter, depth), model, positions)
+        record = build(method, rule.given(number, enter, layers), model, positions)
         if enter == n:
             return (*beside, (site, record))
         said = record.positions if "positions=" in method else positions  # where a method's rows stand, its front's do

@@ -107,7 +107,11 @@ def _retained(here: Sequence[Standing], full: Standing, exam: Exam, budget: int)
     for k in missed:
         best = max(here, key=lambda x, k=k: ranking.retained(x, full, k)[0])
         by_kind.append(f"on {k} {best.entry.method} keeps most, {percent(ranking.retained(best, full, k)[0])}")
-    return f"{text}; below {100 * ENOUGH:.0f} %: {', '.join(missed)} ({'; '.join(by_kind)})."
+    text += f"; below {100 * ENOUGH:.0f} %: {', '.join(missed)} ({'; '.join(by_kind)})"
+    if "compare" in missed and "place" in kinds:  # its answer needs the digits of two cells
+        square = ranking.retained(s, full, "place")[0] ** 2
+        text += f". compare reads two cells: two independent readings would keep the square of place's share, {percent(square)}"
+    return text + "."
 
 
 def below_random(found: Sequence[Standing], exam: Exam) -> list[str]:
@@ -196,8 +200,8 @@ def markdown(name, found, lines, costs, summary, unfit, exam, facts, unfair, kep
     timed = f" ({1e3 * np.median(times):.2f} ms an image, {1e3 * np.median(steps):.2f} ms a step)" if times else ""
     said = legend(exam, unfair, slots, timed, len(facts["checkpoints"]))
     page += ["", "## How to read it", "", *(f"- {x}" for x in said), ""]
-    notes = {s.entry.method: s.entry.note for s in found if s.entry.note and not s.entry.note.startswith("behind")}
-    page += [f"- {m}: {n}." for m, n in sorted(notes.items())]
+    notes = {f"- {s.entry.method}: {n}." for s in found for n in s.entry.note.split("; ") if n and not n.startswith("behind")}
+    page += sorted(notes)
     return "\n".join(page) + "\n"
 
 
