@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxattn import registry
-from jaxattn.core.types import bucket, expect
+from jaxattn.core.record import BUCKETS, bucket
+from jaxattn.core.types import expect
 from models.bind import as_record, needs_of, scheduled
 from models.multimodal import vlm
 
@@ -64,7 +65,7 @@ class Rule:
     number: what that number is. "budget": the budget itself; "share": a share in (0, 1], searched; "enter": the rows that
       come in, searched, behind ``front``.
     front: the method that brings the rows down in front of it. For "share" only where the layers before its first cut
-      would exceed the budget by themselves; then twice the budget enters.
+      would exceed the budget by themselves; then about twice the budget enters.
     beside: (site, method) pairs that belong to it.
     """
 
@@ -348,7 +349,8 @@ def _meet(method: str, rule: Rule | None, budget: int, model: vlm.VLMConfig, pos
     if fits(made(1 / STEPS, n)):
         x = _largest(lambda step: fits(made(step / STEPS, n)), 1, STEPS) / STEPS
         return made(x, n), ""
-    enter = _near(rule.front, min(n, 2 * budget), model, positions)
+    # A whole bucket: cuts by shares count the empty rows of a larger one, too.
+    enter = _near(rule.front, max(b for b in BUCKETS if b <= min(n, 2 * budget)), model, positions)
     expect("budget", budget, "more: its first cut comes too late in this language model", fits(made(1 / STEPS, enter)))
     x = _largest(lambda step: fits(made(step / STEPS, enter)), 1, STEPS) / STEPS
     return made(x, enter), f"behind {rule.front} {enter}"

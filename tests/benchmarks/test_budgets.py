@@ -88,7 +88,7 @@ def rows_cached(program, arrays, params, image, tokens):
     return [c.state.layer.meta.valid.sum(-1) for c in caches]
 
 
-@pytest.mark.parametrize("method, budget", [("fastv", 16), ("visiondrop_stages", 9), ("g_search", 9)])
+@pytest.mark.parametrize("method, budget", [("visiondrop_stages", 9), ("g_search", 9)])
 def test_layers_read_what_the_plan_counts(method, budget):
     """Against the caches of a run: valid rows of each layer without the words."""
     e = budgets.entry(method, budget, MODEL, positions="original")
