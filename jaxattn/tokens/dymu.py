@@ -122,6 +122,8 @@ class _DyMU:
     least: tuple | int = 0
     merges: tuple | None = None
 
+    place = "vision"
+
     def schedule(self, layers):
         def each(name, value):
             value = (value,) * layers if not isinstance(value, tuple) else value

@@ -81,6 +81,7 @@ def sockets_of(args, config) -> dict[str, dict]:
         if not vlm and getattr(record, "acts_on", "vision") == "vision":
             raise ValueError(f"--tokens {given}: expected a vision-language model, it acts on the rows of pictures")
         default = "llm" if hasattr(record, "schedule") or not vlm else "vision"
+        default = getattr(record, "place", default) if vlm else default
         found[f"tokens {given}"] = {"reduce": {site.group()[:-1] if site else default: text}}
     return found
 
