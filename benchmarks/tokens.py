@@ -130,7 +130,7 @@ def trained_models(options: Tokens) -> Iterator[tuple[str, str, Any]]:
 
 
 def on_scenes(options: Tokens) -> int:
-    from benchmarks.boards import outcomes, scene_exam, token_page
+    from benchmarks.boards import outcomes, ranking, scene_exam, token_page
     from benchmarks.boards.budgets import Unfit
     from train import scenes, tasks
     from train.data import vlm_dataset
@@ -155,11 +155,15 @@ def on_scenes(options: Tokens) -> int:
     refused += [Unfit(e.method, e.budget, "not answered yet") for e in entries if e.label not in there
                 and (e.method, e.budget) not in {(u.method, u.budget) for u in refused}]  # fmt: skip
     name = f"{datetime.date.today().isoformat()}-tokens"
-    facts = {"checkpoints": [c[0] for c in checkpoints], "images": options.scenes, "tokens": model.visual,
+    failed = {c[0]: ranking.unlearned(found["full", c[0]], exam) for c in checkpoints if ("full", c[0]) in found}
+    fine = [c[0] for c in checkpoints if not failed.get(c[0])] or [c[0] for c in checkpoints]
+    why = {c: ", ".join(f"{k} ({100 * x:.1f} %)" for k, x in kinds.items()) for c, kinds in failed.items()}
+    left_out = [f"{c} is left out: its full model has not learned {why[c]}" for c in failed if c not in fine]
+    facts = {"checkpoints": fine, "left_out": left_out, "images": options.scenes, "tokens": model.visual,
              "layers": model.llm.layers, "positions": options.positions, "batch": options.batch,
              "title": "Visual tokens of digit-scene models: every method at equal budgets",
              "about": f"{options.scenes} held-out scenes of handwritten digits, 9 questions each, models: "
-                      f"{', '.join(c[0] for c in checkpoints)}, pruned without retraining"}  # fmt: skip
+                      f"{', '.join(fine)}, pruned without retraining"}  # fmt: skip
     images = np.concatenate([b["image"] for b in batches])[: options.show, ..., 0]
     token_page.write(options.report / name, entries, found, costs, [*unfit, *refused], exam, facts,
                      unfair=tuple(k for k in exam.names if k not in (*exam.ranked, "yes", "no")), images=images,

@@ -40,7 +40,10 @@ def shares(correct: np.ndarray, count: np.ndarray, d: Draws) -> np.ndarray:
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentiles of the resamples, the first of which is the estimate itself."""
-    low, high = np.nanpercentile(values[1:], [50 * (1 - level), 50 * (1 + level)])
+    known = values[1:][~np.isnan(values[1:])]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 
@@ -82,6 +85,16 @@ def standings(entries: Sequence[Entry], outcomes: Mapping[tuple[str, str], Outco
     return found
 
 
+LEARNED = 0.75  # of each ranked kind: below, the model itself has not learned it, and pruning shows nothing
+
+
+def unlearned(full: Outcome, exam: Exam) -> dict[str, float]:
+    """Ranked kinds that a full model has not learned, with its share of right answers."""
+    right, asked = exam.correct(full.right).sum(0), exam.count.sum(0)
+    share = {n: float(r / max(a, 1)) for n, r, a in zip(exam.names, right, asked, strict=True)}
+    return {n: share[n] for n in exam.ranked if share[n] < LEARNED}
+
+
 def at_budget(found: Sequence[Standing], budget: int) -> list[Standing]:
     """Methods at a budget, the best first."""
     return sorted((s for s in found if s.entry.budget == budget and s.entry.method != FULL), key=lambda s: -s.mean)
@@ -102,5 +115,6 @@ def separated(a: Standing, b: Standing) -> bool:
 def retained(s: Standing, full: Standing, name: str) -> tuple[float, float, float]:
     """(share of the full model's accuracy on a kind, low, high)."""
     at = s.names.index(name)
-    ratio = s.by_kind[:, at] / full.by_kind[:, at]
+    whole = full.by_kind[:, at]
+    ratio = s.by_kind[:, at] / np.where(whole > 0, whole, np.nan)
     return float(ratio[0]), *interval(ratio)

@@ -136,6 +136,8 @@ def why(s: Standing, base: Standing, exam: Exam) -> str:
         return f"{hit}."
     if any(o.merged for o in s.outcomes):
         reasons.append(f"{percent(mixed)} % of the digits' patches are averaged with patches of something else")
+    elif s.entry.layers[-1] <= 1:  # what its last layer reads is no matter of scores
+        reasons.append("its last layers read no image, and these models are not done with it by then")
     elif kept < at_random:
         reasons.append(f"its scores do not find the digits of these models: {percent(kept)} % of their patches are left, at "
                        f"random {percent(at_random)} %")  # fmt: skip
@@ -152,6 +154,11 @@ def why(s: Standing, base: Standing, exam: Exam) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
+def by_kind(o: Outcome, exam: Exam) -> str:
+    right, asked = exam.correct(o.right).sum(0), exam.count.sum(0)
+    return ", ".join(f"{n} {percent(r / max(a, 1))}" for n, r, a in zip(exam.names, right, asked, strict=True))
+
+
 def columns(exam: Exam, unfair: tuple[str, ...], slots: bool) -> list[str]:
     more = [n for n in exam.names if n not in (*exam.ranked, *unfair)]
     return ["method", "tokens", "mean", "interval", "against random", "against the best", *exam.ranked, *more,
@@ -183,6 +190,10 @@ def markdown(name, found, lines, costs, summary, unfit, exam, facts, unfair, kep
     about = f"{facts['about']}. {facts['tokens']} visual tokens, {facts['layers']} layers in the language model; {device()}. "
     about += f"Rotary positions of what is left: {facts['positions']}."
     page = [f"# {facts['title']}", "", about, "", *(f"- {x}" for x in summary)]
+    if full and len(full.outcomes) > 1:
+        each = zip(facts["checkpoints"], full.outcomes, strict=True)
+        page += [f"- The full model of {c}: {by_kind(o, exam)}." for c, o in each]
+    page += [f"- {x}." for x in facts.get("left_out", ())]
     page += ["", f"![accuracy]({name}.png)", ""]
     head = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for budget in sorted({s.entry.budget for s in found if s.entry.method != FULL}, reverse=True):

@@ -37,12 +37,14 @@ def checkpoint(tmp_path_factory):
     for i in range(3):
         Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).save(folder / f"{i}.png")
     text, (bound, _) = read_text(folder), models.from_pretrained(folder, cache="full")
-    lines = []
-    for i, (kind, question) in enumerate((("colour", "quick"), ("colour", "lazy dog"), ("count", "fox jumps"))):
-        pixels = images.crops(images.read_picture(folder / f"{i}.png"), images.read_processor(folder))[0]
-        ids = np.array([[i for i in text.encode(f"<|start|>{question} ?") if i != 2]])
-        said = text.decode(np.asarray(models.generate(bound, ids, image=pixels, image_at=1, steps=3))[0])
-        lines.append({"image": f"{i}.png", "question": question, "answer": said + "." if i < 2 else "nothing", "kind": kind})
+    asked = (("colour", "quick"), ("colour", "lazy dog"), ("count", "fox jumps"))
+    ids, lengths = text.batch([f"{question} ?" for _, question in asked])
+    pixels = [images.crops(images.read_picture(folder / f"{i}.png"), images.read_processor(folder))[0] for i in range(3)]
+    at = np.ones(3, np.int32)  # behind the token that begins a text
+    rows = models.generate(bound, ids, image=np.concatenate(pixels), lengths=lengths, image_at=at, steps=1)
+    said = [text.decode(row) for row in np.asarray(rows)]
+    lines = [{"image": f"{i}.png", "question": question, "answer": said[i] + "." if i < 2 else "nothing", "kind": kind}
+             for i, (kind, question) in enumerate(asked)]  # fmt: skip
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     return folder
 
@@ -50,14 +52,13 @@ def checkpoint(tmp_path_factory):
 def test_a_checkpoint_of_ones_own(checkpoint, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     flags = ["tokens", "--model", str(checkpoint), "--data", str(checkpoint / "questions.jsonl"), "--prompt",
-             "{image}{question} ?", "--methods", "uniform", "random", "--budgets", "100", "34", "--new", "3", "--batch", "2",
-             "--rounds", "1", "--out", str(tmp_path / "out"), "--report", str(tmp_path)]  # fmt: skip
+             "{image}{question} ?", "--methods", "uniform", "--budgets", "34", "--new", "1", "--batch", "3", "--rounds", "1",
+             "--out", str(tmp_path / "out"), "--report", str(tmp_path)]  # fmt: skip
     assert main(flags) == 0, capsys.readouterr().err
     (report,) = tmp_path.glob("*-tokens-tiny.json")
     rows = {(r["method"], r["budget"], tuple(r["layers"])): r for r in json.loads(report.read_text())["entries"]}
     whole = rows["full", 9, (9, 9)]
     assert whole["accuracy"] == {"colour": 1.0, "count": 0.0} and whole["mean"] == 0.5
-    assert rows["uniform", 9, (9, 9)]["accuracy"] == whole["accuracy"]  # a budget of everything
     few = rows["uniform", 3, (3, 3)]
     assert few["flops"] < whole["flops"] and few["cache"] < whole["cache"] and few["prefill"] > 0 and "vs_random" in few
     assert "| uniform | 3 |" in report.with_suffix(".md").read_text() and report.with_suffix(".png").exists()
