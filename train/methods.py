@@ -193,7 +193,8 @@ def prepare(student: Callable, teacher: Callable, params: dict, objective, batch
         given = {**own, "method": params.get(SOCKETS, {})}
         return objective.loss(given, State(shared=shown), forward, batch, key)
 
-    factors = {name: rates["model"] for name in model} | {prefix: rates["model"] * f for prefix, f in groups.items()}
+    factors = {name: rates["model"] for name in model if rates["model"] != 1}
+    factors |= {prefix: rates["model"] * f for prefix, f in groups.items()}
     factors |= {entry: rates[kind] for entry, kind in ((SOCKETS, "method"), (OBJECTIVE, "objective")) if entry in params}
     factors = {} if set(factors.values()) == {1.0} else factors
     return Plan(lambda params, batch, key: loss(params, batch, key, "train"),
