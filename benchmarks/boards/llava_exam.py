@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from models.generate import generate, prefill
 from models.hub import images, load, multimodal
 from models.hub.text import Text, read_text
 from models.multimodal import vlm
-from train.data.files import data_error, existing, verify_image
+from train.data.files import data_error, existing
+from train.data.folders import KEYS, json_lines, question_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +50,12 @@ class Asked:
 def read_questions(data: Path) -> list[dict[str, str]]:
     """Lines of a jsonl: image (path relative to the file), question, answer and optionally kind, all text. Raises ValueError
     with the number of a bad line."""
-    path, found = existing(data, "a jsonl of image, question, answer"), []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise data_error(where, "a JSON object", f"{error.msg} at column {error.colno}") from error
+    expected = "a jsonl of image, question, answer"
+    path, found = existing(data, expected), []
+    for where, record in json_lines(path, expected):
         record = {"kind": "all", **record} if isinstance(record, dict) else {}
-        for key in ("image", "question", "answer", "kind"):
-            if not isinstance(record.get(key), str) or not record[key].strip():
-                raise data_error(where, f"a text under {key!r}", repr(record.get(key)))
-        verify_image(path.parent / record["image"], where)
-        found.append({**record, "image": str(path.parent / record["image"])})
+        image = question_image(path, where, record, (*KEYS, "kind"))
+        found.append({**record, "image": str(image)})
     if not found:
         raise data_error(path, "at least one question", "none")
     return found

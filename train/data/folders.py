@@ -1,6 +1,7 @@
 """The user's own images: a folder with one subfolder per class, or a jsonl of images with questions."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,36 @@ class ImageQuestions:
         return {"image": np.stack(images), **out}
 
 
+def json_lines(path: Path, expected: str) -> Iterator[tuple[str, object]]:
+    """(where, value) of the lines of a jsonl that are not blank; a bad one is an error with its number. expected: the file in
+    words."""
+    if path.is_dir():
+        raise data_error(path, expected, "a folder")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise data_error(path, expected, f"{type(error).__name__}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise data_error(where, "a JSON object", f"{error.msg} at column {error.colno}") from error
+
+
+def question_image(path: Path, where: str, record: dict, keys: tuple[str, ...] = KEYS) -> Path:
+    """The image of a line of the jsonl ``path`` (a path relative to it), readable; every one of ``keys`` must be a text."""
+    for key in keys:
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            got = repr(record[key]) if key in record else f"no {key!r} among {sorted(record)}"
+            raise data_error(where, f"a text under {key!r}", got)
+    image = path.parent / record["image"]
+    verify_image(image, where)
+    return image
+
+
 def image_questions(
     data: str | Path,
     *,
@@ -125,30 +156,11 @@ def image_questions(
     check_split(split)
     check_channels(channels)
     expected = "a jsonl file with one object of image, question, answer per line"
-    path = existing(data, expected)
-    if path.is_dir():
-        raise data_error(path, expected, "a folder")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise data_error(path, expected, f"{type(error).__name__}: {error}") from error
-    entries, named = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise data_error(where, "a JSON object", f"{error.msg} at column {error.colno}") from error
+    path, entries, named = existing(data, expected), [], {}
+    for where, record in json_lines(path, expected):
         if not isinstance(record, dict):
             raise data_error(where, "a JSON object", f"a {type(record).__name__}")
-        for key in KEYS:
-            if not isinstance(record.get(key), str) or not record[key].strip():
-                got = repr(record[key]) if key in record else f"no {key!r} among {sorted(record)}"
-                raise data_error(where, f"a text under {key!r}", got)
-        image = path.parent / record["image"]
-        verify_image(image, where)
+        image = question_image(path, where, record)
         named[image] = record["image"]
         entries.append((image, record["question"], record["answer"], where))
     images = sorted(named)
