@@ -28,7 +28,7 @@ class Sample:
     top_p: float | None = operand("scalar", None)
 
     def check(self):
-        # Operands arrive as placeholders in a program; only real values are checked.
+        # Inside a program operands have no values yet; only real ones are checked.
         if isinstance(self.temperature, float):
             expect("temperature", self.temperature, "above 0 (use greedy() for the limit)", self.temperature > 0)
         if isinstance(self.top_p, float):

@@ -246,10 +246,11 @@ def attend_lowered(operands: dict, options: Options, listed: bool, implementatio
     if "pos" in operands:
         expect("where.pos", "score_mod, another normalizer or a table of biases", "a plain softmax beside it", plain)
         operands = operands | {x: _by_query(operands[x], n, options.tile) for x in PER_LIST if x in operands}
-    elif not (listed and plain and known and (rows == n > 1 or rows == 1 and n <= FEW and many)):
-        return flash(operands, options, implementation)
-    elif rows == 1 and implementation is None and walks(operands, options):
-        return flash(operands, options)
+    else:
+        few = rows == 1 and n <= FEW and many
+        fetched = listed and plain and known and (rows == n > 1 or few)
+        if not fetched or rows == 1 and implementation is None and walks(operands, options):
+            return flash(operands, options, implementation)
     static = lists.Options(options.mask, options.scale, options.unit, distinct=options.distinct, **operands.get("rope", {}))
     operands = {x: a for x, a in operands.items() if x not in ("row", "key", "rope")}
     return lists.gather(operands, static, implementation)[:2]
