@@ -37,6 +37,7 @@ from jaxattn.tokens.focusui import (
 from jaxattn.tokens.g_search import g_search, g_search_rates, p_sigmoid, p_sigmoid_search
 from jaxattn.tokens.hiprune import hiprune, hiprune_scores, hiprune_select
 from jaxattn.tokens.holov import holov, holov_crops, holov_quotas, holov_select, holov_tokens
+from jaxattn.tokens.k_center import k_center
 from jaxattn.tokens.mmtok import content_mask, content_words, mmtok, mmtok_coverage, mmtok_picks, mmtok_select
 from jaxattn.tokens.mustdrop import (
     mustdrop,
@@ -92,7 +93,7 @@ __all__ = [
     "flow_score", "flowcut", "flowcut_left", "flowcut_scores", "flowcut_text", "focusui", "focusui_keep",
     "focusui_rows", "fused_label", "g_search", "g_search_rates", "gated_project", "group_ratios", "hiprune",
     "hiprune_scores", "hiprune_select", "holov", "holov_crops", "holov_quotas", "holov_select", "holov_tokens",
-    "information_flow", "init_perceiver", "init_projector", "init_router", "init_slimming", "last_ratio",
+    "information_flow", "init_perceiver", "init_projector", "init_router", "init_slimming", "k_center", "last_ratio",
     "last_token_agreement", "layer_flops", "mean_pool", "mmtok", "mmtok_coverage", "mmtok_picks", "mmtok_select",
     "mustdrop", "mustdrop_keep", "mustdrop_key_set", "mustdrop_keys", "mustdrop_merge", "mustdrop_merge_plan",
     "mustdrop_trim", "neighbourhood", "p_sigmoid", "p_sigmoid_search", "pagerank_importance", "patch_entropy",
