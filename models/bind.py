@@ -184,6 +184,18 @@ def needs_of(record) -> tuple[Need, ...]:
     return tuple(record.needs()) if hasattr(record, "needs") else ()
 
 
+def facts_of(program: Program, arrays: dict) -> dict:
+    """{name: array} that transforms give to the row weights of their own Needs (optional ``facts(params)``): operands that
+    decide what the tower is asked."""
+    records = [("sites", site, record) for site, record in program.sites]
+    records += [(site, cut.name, cut.transform) for site, stack in program.stacks for cut in stack.cuts]
+    found: dict = {}
+    for site, name, record in records:
+        if hasattr(record, "facts"):
+            found |= record.facts(params_of(subset(arrays, site), name))
+    return found
+
+
 def absolute(at: str, n_layers: int) -> str:
     """A Need's site with a layer number counted from the front."""
     site, layer = at.rsplit(".", 1)

@@ -189,6 +189,9 @@ class VLM(Common):
     """Scenes to train on; the first stage has half as many of its own."""
     transcripts: bool = True
     """Also learn to read several digits, one word after another; not with own files."""
+    questions: int | None = None
+    """Of a scene, that are asked together, in turn of all kinds; None: all nine. One lets a method answer to the question;
+    not with own files."""
     length: int = 128
     """Tokens of question and answer, with own files."""
     tokenizer: str = "byte"

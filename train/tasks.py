@@ -210,7 +210,7 @@ def multimodal(config: VLM) -> Task:
         data = {"size": config.size, "length": config.length, "tokenizer": config.tokenizer}
     else:
         geometry = SceneConfig(canvas=config.size, patch=config.patch)
-        words = {"mix": scenes.MIX, "with_transcript": config.transcripts}
+        words = {"mix": scenes.MIX, "with_transcript": config.transcripts, "together": config.questions}
         data = {"config": geometry, "count": config.scenes, **words}
     train, held_out = _streams(vlm_dataset, config, **data)
     model = scene_model(config, train.info["vocab_size"], train.info["channels"])

@@ -281,6 +281,7 @@ class TokenTransform(Protocol):
     ``inside = True``: a cut at layer l acts inside it, between attention and feed-forward, and "last" is that layer;
     ``sites(layers) -> tuple[int, ...]`` for one that cuts a stack at several depths; ``init``, ``init_state``;
     ``place``, the site it is made for where its needs do not say;
+    ``facts(params) -> {name: array}``, operands that the row weights of its Needs read as evidence;
     ``carries``, a name: the State that one cut of that name returns is what the next one of the stack gets (the first:
     an empty one). Values of rows in it are the record's to gather with the rows (``reduce.follow_rows``)."""
 

@@ -17,14 +17,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.artifact import load
-from jaxattn.core.reduce import check_budget
+from jaxattn.core.reduce import check_budget, choose, evidence_rows, reduce_mask, valid_rows
 from jaxattn.core.search import Search, maximise
-from jaxattn.core.types import contract, expect
+from jaxattn.core.types import Need, contract, expect, operand
 from jaxattn.registry import register
 from jaxattn.tokens.staged import check_rates, rank_cuts
+
+
+@contract
+class _Masked:
+    """The cut of ``staged.RankCut`` with every row in its place: its share is an operand, so one program serves a search."""
+
+    rate: float = operand("scalar", 1.0)
+    query: str | int = "last"
+
+    def needs(self):
+        return (Need("rank", what="received", at="last", rows=self.query),)
+
+    def rows(self, n):
+        return n
+
+    def apply(self, params, state, tokens, evidence, ctx):
+        count = jnp.ceil(tokens.x.shape[1] * params["rate"] - 1e-4).astype(jnp.int32)
+        scores = evidence_rows(evidence, "rank", tokens)
+        return reduce_mask(tokens, choose(scores, count, valid_rows(tokens))), state, {"scores": scores}
 
 
 @contract
@@ -51,7 +71,14 @@ class _Rates:
         return check_rates(self.rates)
 
     def schedule(self, layers):
-        return rank_cuts(self.shares(layers), self.query, self.mode, self.positions, least=self.least)
+        shares = self.shares(layers)
+        if self.mode == "keep" or self.positions == "fresh":
+            return rank_cuts(shares, self.query, self.mode, self.positions, least=self.least)
+        cuts = []  # a cut at every layer, whether its share falls or not: shares do not decide what is compiled
+        for layer in range(1, layers):
+            before = cuts[-1][1].rate if cuts else 1.0
+            cuts.append((layer, _Masked(shares[layer] if before - shares[layer] > self.least else before, self.query)))
+        return tuple(cuts)
 
 
 def reachable(rates) -> tuple[float, ...]:
@@ -74,7 +101,8 @@ def g_search(rates: tuple[float, ...] | None = None, keep: float = 0.25, steepne
       keep: mean share over the layers.  steepness: k of the sigmoid; 0 is uniform, large is an exit at layer keep * L.
       query: whose attention ranks: "last", "text" or a number of last rows.
       least: cuts that would drop a smaller share of the tokens wait for the next layer (fewer, longer segments).
-      mode: "keep" (gather) or "mask".  positions: rotary positions "original" or "fresh".
+      mode: "keep" (gather) or "mask", with original positions one program for all shares.  positions: rotary positions
+        "original" or "fresh".
       artifact: a file of ``g_search_shares``, in place of rates.
     A share of 0 leaves one row in mode "keep" (marked invalid), since an array of no rows cannot be scanned.
     """  # fmt: skip
@@ -154,11 +182,13 @@ def g_search_shares(model, batches, key=None, *, loss: float = 0.01, precision: 
       model: a ``core.types.Trained``; what performs is its share of right answers.  batches: of its data.  key: unused.
       loss: accuracy that may be lost.  precision: of a share.  query: whose attention ranks, as in ``g_search``.
       budget: mean share of the tokens to meet instead; then calls, initial and seed are of ``p_sigmoid_search``.
-    Returns: (model, {rates [L], accuracy, baseline}). Shares decide what a program drops, so each evaluation compiles.
+    Returns: (model, {rates [L], accuracy, baseline, even, evaluations}); even: the accuracy of as many tokens, one share
+      behind the first layer. Shares are operands of one program.
     """  # fmt: skip
-    batches, depth = list(batches), model.layers["llm"]
+    batches, depth, asked = list(batches), model.layers["llm"], []
 
     def accuracy(rates=None):
+        asked.append(rates)
         reduce = None if rates is None else {"llm": g_search(rates, query=query, mode="mask")}
         right = np.concatenate([np.asarray(model.run(batch, reduce=reduce).right) for batch in batches])
         return float(right.mean())
@@ -168,5 +198,7 @@ def g_search_shares(model, batches, key=None, *, loss: float = 0.01, precision: 
         rates = g_search_rates(accuracy, depth, loss, precision=precision, baseline=baseline)
     else:
         rates = reachable(p_sigmoid_search(accuracy, depth, budget, calls=calls, initial=min(initial, calls), seed=seed)[0])
-    found = {"rates": np.asarray(rates, np.float32), "accuracy": accuracy(rates), "baseline": baseline}
+    flat = (1.0, *[(sum(rates) - 1) / (depth - 1)] * (depth - 1))  # as many tokens, alike in all layers behind the first
+    found = {"rates": np.asarray(rates, np.float32), "accuracy": accuracy(rates), "baseline": baseline, "even": accuracy(flat),
+             "evaluations": len(asked)}
     return model, {name: np.asarray(x, np.float32) for name, x in found.items()}

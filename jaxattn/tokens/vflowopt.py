@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.core.artifact import load
-from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, reduce_merge, valid_rows
+from jaxattn.core.reduce import check_budget, choose, dispose, evidence_rows, reduce_mask, reduce_merge, valid_rows
 from jaxattn.core.search import Search, maximise
 from jaxattn.core.select import forbid, rank_of
 from jaxattn.core.slots import compact, merge_tokens
-from jaxattn.core.types import Array, Need, contract, expect
+from jaxattn.core.types import Array, Need, Tokens, contract, expect, operand
 from jaxattn.registry import register
 from jaxattn.tokens.staged import stage_sites
+
+THRESHOLD = "vflowopt.threshold"  # the fact that tells the tower's global rows where the threshold is an operand
 
 
 # ----------------------------------------------------------------------------------------------------------- importance
@@ -57,17 +59,19 @@ def vflowopt_importance(attention: Array, threshold, *, entropy: Array | None = 
 
 @contract
 class _GlobalRows:
-    """Row weights of a Need: an even mean over the rows that receive much in the same layer."""
+    """Row weights of a Need: an even mean over the rows that receive much in the same layer. threshold: None, the fact
+    ``THRESHOLD``, which a record's operand gives."""
 
-    threshold: float
+    threshold: float | None
     given: Need
 
     def __call__(self, meta, evidence):
-        rows = global_rows(evidence[self.given.name], self.threshold, meta.valid).astype(jnp.float32)
+        threshold = evidence[THRESHOLD] if self.threshold is None else self.threshold
+        rows = global_rows(evidence[self.given.name], threshold, meta.valid).astype(jnp.float32)
         return rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)
 
 
-def importance_need(layer: int, threshold: float) -> Need:
+def importance_need(layer: int, threshold: float | None) -> Need:
     """The Need that answers with the importance: attention given by the global rows of tower layer ``layer``."""
     received = Need("received", what="received", at=f"vision.{layer}", rows="all")
     rows = _GlobalRows(threshold, received)
@@ -92,6 +96,37 @@ def recycle_counts(n: int, ratio: float, cell: float) -> tuple[int, int]:
     return n - low, low
 
 
+def leaders(importance: Array, high, group: Array, cells: int, valid: Array) -> tuple[Array, Array, Array]:
+    """(the ``high`` most important tokens bool [B, N]; the token in whose place each one goes on int32 [B, N]: itself, or of
+    the others of its cell ``group`` [N] the most important, the first of equals; bool [B, N], the tokens that go on)."""
+    b, n = importance.shape
+    top = (rank_of(forbid(importance, ~valid)) < high) & valid
+    rest = valid & ~top
+    lead = jnp.full((b, cells), -jnp.inf).at[:, group].max(jnp.where(rest, importance, -jnp.inf))
+    best = rest & (importance == lead[:, group])
+    first = jnp.full((b, cells), n).at[:, group].min(jnp.where(best, jnp.arange(n), n))
+    leader = jnp.where(rest, first[:, group], jnp.arange(n))
+    return top, leader, top | (rest & (leader == jnp.arange(n)))
+
+
+def recycle_in_place(x: Array, importance: Array, ratio, cell, maps: tuple[tuple[int, int], ...], *,
+                     valid: Array | None = None):
+    """``recycle`` with every row in its place, for a ratio and a cell that may be traced: (rows [B, N, C], slot int32 [B, N],
+    keep bool [B, N])."""
+    b, n = importance.shape
+    valid = jnp.ones((b, n), bool) if valid is None else valid
+    place = lambda size: jnp.floor(jnp.arange(size) / cell).astype(jnp.int32)  # noqa: E731
+    group, start = [], 0
+    for h, w in maps:
+        group.append((start + place(h)[:, None] * w + place(w)).reshape(-1))  # numbered with gaps: sides are at least 1
+        start += h * w
+    expect("maps", maps, f"grids of {n} tokens together", start == n)
+    low = jnp.minimum(n, jnp.round(n * (1 - ratio)) + jnp.floor(n / cell**2))
+    top, leader, keep = leaders(importance, n - low, jnp.concatenate(group), n, valid)
+    slot = jnp.where(valid, leader, -1).astype(jnp.int32)
+    return merge_tokens(x, slot, n, weight=jnp.where(top, 1.0, jnp.maximum(importance, 1e-20))), slot, keep
+
+
 def recycle(x: Array, importance: Array, ratio: float, cell: float, maps: tuple[tuple[int, int], ...], *,
             valid: Array | None = None):
     """Prune with recycling.
@@ -107,14 +142,7 @@ def recycle(x: Array, importance: Array, ratio: float, cell: float, maps: tuple[
     expect("maps", maps, f"grids of {n} tokens together", len(group) == n)
     high, low = recycle_counts(n, ratio, cell)
     valid = jnp.ones((b, n), bool) if valid is None else valid
-    top = (rank_of(forbid(importance, ~valid)) < high) & valid
-    rest = valid & ~top
-    # The leader of a cell: its most important member, the first of equals.
-    lead = jnp.full((b, cells), -jnp.inf).at[:, group].max(jnp.where(rest, importance, -jnp.inf))
-    best = rest & (importance == lead[:, group])
-    first = jnp.full((b, cells), n).at[:, group].min(jnp.where(best, jnp.arange(n), n))
-    leader = jnp.where(rest, first[:, group], jnp.arange(n))
-    keep = top | (rest & (leader == jnp.arange(n)))
+    top, leader, keep = leaders(importance, high, group, cells, valid)
     rows = high + min(cells, low)
     index, live = compact(keep, rows)
     place = jnp.cumsum(keep, -1) - 1
@@ -157,20 +185,55 @@ class _VFlowOpt:
         n, valid = tokens.x.shape[1], valid_rows(tokens)
         s = evidence_rows(evidence, "importance", tokens)
         if self.alpha:
-            expect("evidence", "no image", "the entry 'image', which alpha needs", evidence.get("image") is not None)
-            image = evidence["image"]
-            entropy = patch_entropy(image, math.isqrt(image.shape[1] * image.shape[2] // n))
-            s = s + self.alpha * jax.nn.softmax(entropy, -1)
+            s = s + self.alpha * novelty(evidence, n)
         if not self.recycles:
             return dispose(tokens, choose(s, self.rows(n), valid), self.rows(n), "keep", self.positions), state, {}
         x, slot, index, live = recycle(tokens.x, s, self.ratio, self.cell, self.grids(n), valid=valid)
         return reduce_merge(tokens, x, slot, index, live, positions=self.positions), state, {"scores": s}
 
 
+def novelty(evidence: dict, n: int) -> Array:
+    """[B, n]: softmax of the patches' entropies, from the fact "image"."""
+    expect("evidence", "no image", "the entry 'image', which alpha needs", evidence.get("image") is not None)
+    image = evidence["image"]
+    return jax.nn.softmax(patch_entropy(image, math.isqrt(image.shape[1] * image.shape[2] // n)), -1)
+
+
+@contract
+class _InPlace:
+    """``_VFlowOpt`` that recycles with every row in its place: all numbers are operands, so one program serves a search."""
+
+    ratio: float = operand("scalar", 0.2651)
+    cell: float = operand("scalar", 15.58)
+    threshold: float = operand("scalar", 34.76)
+    alpha: float = operand("scalar", 0.0)
+    layer: int = -2
+    maps: tuple | None = None
+
+    check, grids = _VFlowOpt.check, _VFlowOpt.grids
+    positions = "original"
+
+    def needs(self):
+        return (importance_need(self.layer, None),)
+
+    def facts(self, params):
+        return {THRESHOLD: params["threshold"]}
+
+    def rows(self, n):
+        return n
+
+    def apply(self, params, state, tokens, evidence, ctx):
+        n, valid = tokens.x.shape[1], valid_rows(tokens)
+        s = evidence_rows(evidence, "importance", tokens) + params["alpha"] * novelty(evidence, n)
+        x, slot, keep = recycle_in_place(tokens.x, s, params["ratio"], params["cell"], self.grids(n), valid=valid)
+        index = jnp.broadcast_to(jnp.arange(n), keep.shape)
+        return reduce_merge(tokens, x, slot, index, keep), state, {"scores": s}
+
+
 @register("tokens")
 def vflowopt(ratio: float = 0.2651, cell: float = 15.58, threshold: float = 34.76, layer: int = -2,
              maps: tuple | None = None, recycles: bool = True, alpha: float = 0.0, positions: str = "original",
-             artifact: str | None = None):  # fmt: skip
+             artifact: str | None = None, mode: str = "keep"):  # fmt: skip
     """Prune image tokens on their way to the language model and recycle what goes. For the sites "vision", "project".
 
     The defaults are the published result for a quarter of the tokens on average; for a tenth ratio 0.1166, cell 17.39,
@@ -181,11 +244,18 @@ def vflowopt(ratio: float = 0.2651, cell: float = 15.58, threshold: float = 34.7
         after the other; None: one square.  recycles: False prunes only (videos, single plain images).
       alpha: weight of the patches' grey-level entropy.  positions: rotary positions "original" or "fresh".
       artifact: a file of ``vflowopt_settings``, in place of ratio, cell, threshold, layer and alpha.
+      mode: "keep", or "mask": every row in its place and all numbers operands of one program; it recycles and leaves
+        positions as they are.
     """
     if artifact is not None:
         found = load(artifact, "vflowopt_settings")[0]
         ratio, cell, threshold, alpha = (float(found[x]) for x in ("ratio", "cell", "threshold", "alpha"))
         layer = int(found["layer"])
+    check_budget(1, mode)
+    if mode == "mask":
+        plain = recycles and positions == "original"
+        expect("recycles, positions", (recycles, positions), "True and 'original' in mode 'mask'", plain)
+        return _InPlace(ratio, cell, threshold, alpha, layer, maps)
     return _VFlowOpt(ratio, cell, threshold, layer, maps, recycles, alpha, positions)
 
 
@@ -197,24 +267,45 @@ def last_ratio(average: float, first: float, second: float, *, layers: tuple[int
     return min(1.0, (sum(layers) * average - a * first - b * first * second) / (c * first * second))
 
 
+def most_important(tokens: Tokens, evidence: dict, ratio) -> Array:
+    """bool [B, N]: the share ``ratio`` of the valid rows, at least one."""
+    valid = valid_rows(tokens)
+    count = jnp.maximum(jnp.floor(valid.sum(-1) * ratio + 1e-3), 1).astype(jnp.int32)
+    return choose(evidence_rows(evidence, "importance", tokens), count, valid)
+
+
 @contract
 class _VFlowOptCut:
     ratio: float
     layer: int
     threshold: float
-    mode: str = "keep"
 
     def needs(self):
         return (importance_need(self.layer, self.threshold),)
 
     def rows(self, n):
-        return n if self.mode == "mask" else max(1, int(n * self.ratio + 1e-3))
+        return max(1, int(n * self.ratio + 1e-3))
 
     def apply(self, params, state, tokens, evidence, ctx):
-        valid = valid_rows(tokens)
-        count = jnp.maximum(jnp.floor(valid.sum(-1) * self.ratio + 1e-3), 1).astype(jnp.int32)
-        keep = choose(evidence_rows(evidence, "importance", tokens), count, valid)
-        return dispose(tokens, keep, self.rows(tokens.x.shape[1]), self.mode), state, {}
+        keep = most_important(tokens, evidence, self.ratio)
+        return dispose(tokens, keep, self.rows(tokens.x.shape[1])), state, {}
+
+
+@contract
+class _MaskedCut:
+    """``_VFlowOptCut`` with every row in its place: share and threshold are operands."""
+
+    ratio: float = operand("scalar", 1.0)
+    threshold: float = operand("scalar", 34.76)
+    layer: int = -2
+
+    needs, facts = _InPlace.needs, _InPlace.facts
+
+    def rows(self, n):
+        return n
+
+    def apply(self, params, state, tokens, evidence, ctx):
+        return reduce_mask(tokens, most_important(tokens, evidence, params["ratio"])), state, {}
 
 
 @contract
@@ -236,8 +327,9 @@ class _VFlowOptStages:
         return stage_sites(self.layers, (9, 18), 28, layers)
 
     def schedule(self, layers):
-        return tuple((site, _VFlowOptCut(r, self.layer, self.threshold, self.mode))
-                     for site, r in zip(self.sites(layers), self.ratios, strict=True))  # fmt: skip
+        cut = _MaskedCut if self.mode == "mask" else _VFlowOptCut
+        sites = zip(self.sites(layers), self.ratios, strict=True)
+        return tuple((site, cut(ratio=r, layer=self.layer, threshold=self.threshold)) for site, r in sites)
 
 
 @register("tokens")
@@ -276,16 +368,18 @@ def search_bounds(average: float) -> dict[str, tuple[float, float]]:
 
 
 def vflowopt_reduce(settings: dict[str, float], average: float, *, layer: int = -2, maps: tuple | None = None,
-                    layers: tuple[int, ...] | None = None, depth: int = 28) -> dict:
+                    layers: tuple[int, ...] | None = None, depth: int = 28, mode: str = "keep") -> dict:
     """{site: record} for a model's ``bind``, of settings as ``vflowopt_search`` finds them.
 
-    depth: layers of the language model, which the last ratio's budget is counted over; the rest as in the factories."""
+    depth: layers of the language model, which the last ratio's budget is counted over; the rest as in the factories (mode
+    "mask": the same values from one program for all settings)."""
     ends = (*stage_sites(layers, (9, 18), 28, depth), depth)
     spans = tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
     third = last_ratio(average, settings["ratio"], settings["second"], layers=spans)
     expect("settings", settings, f"ratios that leave something for the last layers within {average}", third > 0)
-    first = vflowopt(settings["ratio"], settings["cell"], settings["threshold"], layer, maps, True, settings["alpha"])
-    stages = vflowopt_stages((settings["second"], third), layers, layer, settings["threshold"])
+    own = {name: settings[name] for name in ("ratio", "cell", "threshold", "alpha")}
+    first = vflowopt(**own, layer=layer, maps=maps, mode=mode)
+    stages = vflowopt_stages((settings["second"], third), layers, layer, settings["threshold"], mode)
     return {"vision": first, "llm": stages}
 
 
@@ -312,7 +406,8 @@ def vflowopt_settings(model, batches, key=None, *, average: float = 0.25, calls:
       average: mean share of the image tokens over the language model's layers.  calls, initial, seed: of ``vflowopt_search``.
       layer: of the tower, whose attention counts.
     Returns: (model, {ratio, cell, threshold, alpha, layer, ratios [2], layers [2], agreement: the mean cosine found,
-      values [calls]}). Settings decide shapes, so each evaluation compiles.
+      start: that of the plain settings at the same mean share (it everywhere, the published cell and threshold, no entropy),
+      values [calls]}). Settings are operands of one program.
     """  # fmt: skip
     batches, depth = list(batches), model.layers["llm"]
     whole = [model.run(batch).hidden for batch in batches]
@@ -327,14 +422,15 @@ def vflowopt_settings(model, batches, key=None, *, average: float = 0.25, calls:
     def agreement(settings):
         if ratios(settings)[1] <= 0:
             return float("nan")  # nothing would be left for the last layers
-        reduce = vflowopt_reduce(settings, average, layer=layer, depth=depth)
+        reduce = vflowopt_reduce(settings, average, layer=layer, depth=depth, mode="mask")
         return sum(float(last_token_agreement(model.run(batch, reduce=reduce).hidden, full))
                    for batch, full in zip(batches, whole, strict=True)) / samples  # fmt: skip
 
+    start = agreement({"ratio": average, "second": 1.0, "threshold": 34.76, "cell": 15.58, "alpha": 0.0})
     search = vflowopt_search(agreement, average, calls=calls, initial=min(initial, calls), seed=seed)
     best, value = search.best
     return model, {
         **{name: np.float32(best[name]) for name in ("ratio", "cell", "threshold", "alpha")}, "layer": np.int32(layer),
         "ratios": np.asarray(ratios(best), np.float32), "layers": np.asarray(sites, np.int32),
-        "agreement": np.float32(value), "values": np.asarray(search.values, np.float32),
+        "agreement": np.float32(value), "start": np.float32(start), "values": np.asarray(search.values, np.float32),
     }  # fmt: skip

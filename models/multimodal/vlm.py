@@ -18,7 +18,7 @@ from jaxattn.core.types import Array, Ctx, Meta, Tokens, contract, data, expect,
 from jaxattn.nn import layers
 from models import evidence as ev
 from models import stack
-from models.bind import Bound, Program, absolute, as_record, bind_stack, left, needs_of, params_of, scheduled, subset
+from models.bind import Bound, Program, absolute, as_record, bind_stack, facts_of, left, needs_of, params_of, scheduled, subset
 from models.language import llm
 from models.multimodal import pictures
 from models.vision import vit
@@ -185,10 +185,12 @@ def tower(bound: Bound, image: Array, *, dtype=None, phase: str = "prefill", who
         streams = vit.embed(params["vision"], c.vision, image, dtype)
     else:
         streams = vit.embed_rows(params["vision"], c.vision, image, inside, dtype)
-    out = stack.run(params["vision"], stack_program, mine, streams, phase=phase, stop=c.run_layers)
+    facts = facts_of(program, arrays)
+    out = stack.run(params["vision"], stack_program, mine, streams, phase=phase, stop=c.run_layers, evidence=facts)
     rest = None
     if whole and c.run_layers < c.vision.layers:
-        rest = stack.run(params["vision"], stack_program, mine, out.streams, phase=phase, start=c.run_layers)
+        rest = stack.run(params["vision"], stack_program, mine, out.streams, phase=phase, start=c.run_layers,
+                         evidence=facts)  # fmt: skip
     return out, rest
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxattn import tokens
-from jaxattn.core.types import Ctx, Meta, State, Tokens
+from jaxattn.core.types import Ctx, Meta, State, Tokens, split
 
 
 @pytest.mark.parametrize("steepness", [0.01, 0.3, 2.0, 30.0])
@@ -59,6 +59,25 @@ def test_cuts_keep_a_prefix_of_the_rank():
         for b in range(2):
             left = np.asarray(tok.meta.pos)[b][np.asarray(tok.meta.valid)[b]]
             np.testing.assert_array_equal(left, np.sort(np.argsort(-scores[b])[:count]))
+
+
+def test_one_program_serves_all_shares():
+    """In mode "mask" shares are operands: programs are equal, and rows are those that mode "keep" leaves."""
+    rng = np.random.default_rng(1)
+    x, scores = rng.normal(size=(2, 10, 3)).astype(np.float32), rng.uniform(size=(2, 10)).astype(np.float32)
+    programs = set()
+    for shares in ((1.0, 0.7, 0.7, 0.2), (1.0, 1.0, 0.5, 0.0)):
+        tok, count = Tokens(x, Meta.of(10)), 10
+        for layer, cut in tokens.g_search(shares, mode="mask").schedule(4):
+            program, params = split(cut)
+            programs.add(program)
+            tok, _, _ = program.apply(params, State(), tok, {"rank": scores}, Ctx())
+            count = min(count, int(np.ceil(10 * shares[layer] - 1e-6)))
+            want = np.argsort(np.argsort(-scores)) < count
+            np.testing.assert_array_equal(np.broadcast_to(tok.meta.valid, (2, 10)), want)
+    assert len(programs) == 1
+    waits = tokens.g_search((1.0, 0.9, 0.8, 0.1), least=0.15, mode="mask").schedule(4)
+    np.testing.assert_allclose([cut.rate for _, cut in waits], [1.0, 0.8, 0.1], rtol=1e-6)
 
 
 def test_schedules():

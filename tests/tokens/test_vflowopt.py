@@ -60,6 +60,22 @@ def test_recycling_by_hand(cell):
         assert (np.asarray(slot)[b] >= 0).all()
 
 
+def test_one_program_serves_all_settings():
+    """Every row in its place: the same rows and values as gathered ones, of settings that may be traced."""
+    records = [tokens.vflowopt(r, c, 3.0, maps=MAPS, alpha=a, mode="mask") for r, c, a in ((0.4, 2.0, 0.0), (0.7, 3.5, 0.5))]
+    programs = [split(record) for record in records]
+    assert programs[0][0] == programs[1][0] and programs[0][0].facts(programs[0][1]) == {"vflowopt.threshold": 3.0}
+    image = np.zeros((B, 4, 4 * N, 1), np.float32)  # plain patches: the entropy moves all alike
+    for (program, params), (ratio, cell) in zip(programs, ((0.4, 2.0), (0.7, 3.5)), strict=True):
+        out = program.apply(params, State(), Tokens(X, Meta.of(N)), {"importance": S, "image": image}, Ctx())[0]
+        rows, slot, index, valid = (np.asarray(a) for a in recycle(X, S + params["alpha"] / N, ratio, cell, MAPS))
+        for b in range(B):
+            live = np.asarray(out.meta.valid)[b]
+            np.testing.assert_array_equal(np.flatnonzero(live), index[b][valid[b]])
+            np.testing.assert_allclose(np.asarray(out.x)[b][live], rows[b][valid[b]], atol=1e-5)
+            np.testing.assert_array_equal(np.asarray(out.slot)[b], index[b][slot[b]])
+
+
 def test_equal_tokens_stay_equal_and_cells_count():
     rows, _, _, valid = recycle(np.ones_like(X), S, 0.4, 2.0, MAPS)
     np.testing.assert_allclose(np.asarray(rows)[np.asarray(valid)], 1, rtol=1e-5)

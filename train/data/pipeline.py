@@ -240,6 +240,7 @@ def vlm_dataset(
     scene_seed: int = 0,
     mix: tuple[tuple[str, int], ...] = MIX,
     with_transcript: bool = False,
+    together: int | None = None,
     tokenizer: Any = "byte",
     size: int = 96,
     channels: int | None = None,
@@ -254,7 +255,8 @@ def vlm_dataset(
       patch_labels int32 [b, P], presence float32 [b, 10], box int32 [b, C, 4];
       questions int32 [b, Q, T], answers int32 [b, Q], kind int32 [b, Q]; the record has L = Q * T;
       with_transcript: transcript_question int32 [b, T], transcript_answer int32 [b, A], and one more segment
-      in the record, L = Q * T + T + A - 1.
+      in the record, L = Q * T + T + A - 1;
+      together: Q, questions of a scene that are asked in turn of those in `mix`; None: all.
     An empty `mix` leaves questions and record out (the vision stage needs none).
 
     data a jsonl of image, question, answer: see `folders.image_questions` (tokenizer, size, length apply);
@@ -294,6 +296,7 @@ def vlm_dataset(
     words: Batch = {}
     if mix:
         asked = ask(scenes, mix)
+        asked = asked if together is None else asked.turn(scenes.index, together)
         words |= {"questions": asked.questions, "answers": asked.answers, "kind": asked.kind}
         more = ()
         if with_transcript:

@@ -193,6 +193,15 @@ class Questions:
     answers: np.ndarray
     kind: np.ndarray
 
+    def turn(self, number: np.ndarray, count: int) -> "Questions":
+        """``count`` consecutive questions of each scene, the first by the scene's ``number`` int [S]: all come in turn."""
+        total = self.kind.shape[1]
+        if not 1 <= count <= total:
+            raise ValueError(f"questions: expected 1 to {total} of a scene, got {count}")
+        at = (np.asarray(number)[:, None] * count + np.arange(count)) % total
+        take = lambda x: np.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), 1)  # noqa: E731
+        return Questions(take(self.questions), take(self.answers), take(self.kind))
+
 
 def ask(scenes: Scenes, mix: tuple[tuple[str, int], ...] = MIX, *, seed: int | None = None) -> Questions:
     """Questions for each scene, determined by (seed, scene number, mix).
