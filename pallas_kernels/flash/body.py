@@ -68,7 +68,7 @@ def _flash(floats: dict, ints: dict, opt, body: Body, interpret):
     p = body.plan(o, opt)
     found = folding(body.forward, p, opt, interpret)(*arrange(p, o, opt))
     lse = layout.from_rows(p, jnp.swapaxes(found["lse"], 3, 4))[..., 0]
-    return layout.from_rows(p, found["out"])[..., : p.dv], lse
+    return layout.from_queries(p, found["out"])[..., : p.dv], lse
 
 
 def _fwd(floats, ints, opt, body, interpret):
@@ -84,11 +84,11 @@ def _bwd(opt, body, interpret, saved, cotangents):
     rows, keys = split(arranged | layout.arrange_ints(p, floats | ints, opt))
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
     sums = jnp.stack([jnp.where(jnp.isfinite(lse), lse, FAR), delta], -1)
-    rows["do"] = layout.rows_of(p, d_out, p.dv_pad)
+    rows["do"] = layout.queries_of(p, d_out, p.dv_pad)
     rows["sums"] = jnp.swapaxes(layout.rows_of(p, sums, value=FAR), 3, 4)
     found = folding(body.query_gradient, p, opt, interpret)(rows, keys)
     found |= folding(body.key_gradient, p, opt, interpret)(rows, keys)
-    grads = {"q": found["dq"]} | {x: with_spare(found["d" + x]) for x in ("k", "v")}
+    grads = {"q": found["dq"]} | {x: found["d" + x] if p.raw else with_spare(found["d" + x]) for x in ("k", "v")}
     if p.row:
         grads["row"] = summed(found["d_row"], arranged["row"].shape)
     if p.key_floats:

@@ -4,6 +4,9 @@ A block of query rows holds one query tile of ``pack`` query heads that share a 
 read each key once. Per-row and per-key facts travel as ``[facts, rows]`` with the long axis on the lanes. Every key
 array gets one unit more than there are keys: invisible and zero, it stands for list entries that are not in use, so
 that kernels need no notion of liveness.
+
+Kernels that pick blocks out of ``[pack, tiles, tile]`` and clean keys themselves take q, k and v ``raw``: arranged by a
+transposition alone, which costs nothing where the compiler may choose layouts.
 """
 
 from __future__ import annotations
@@ -56,6 +59,9 @@ class Plan:
     full: bool
     weighted: bool
     tabled: bool
+    raw: int
+    """Not 0: k and v are not cleaned and have no unit past the end, the kernels see to both; and what a tile must be a
+    multiple of to be read by head."""
 
     @property
     def tiles(self) -> int:
@@ -64,6 +70,11 @@ class Plan:
     @property
     def units(self) -> int:
         return -(-self.m // self.unit)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether arrays of rows are [B, blocks, pack, tiles, tile, E] instead of [B, blocks, tiles, rows, E]."""
+        return self.raw > 0 and self.rows == self.pack * self.tile and self.tile % self.raw == 0
 
     @property
     def blocks(self) -> int:
@@ -76,9 +87,10 @@ class Plan:
         return (*self.key, "+bias") if self.biased else self.key
 
 
-def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, pad_width) -> Plan:
+def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, pad_width, raw: int = 0) -> Plan:
     """``rows`` and ``keys``: how many query rows and keys a kernel would like to hold at a time. Functions that pad: a
-    block of rows, a unit as rows of k and v, a unit as facts, a head size."""
+    block of rows, a unit as rows of k and v, a unit as facts, a head size. ``raw``: 0, or for kernels that take q, k and v
+    so, what a tile must be a multiple of."""
     (b, n, h, d), (m, g), dv = o["q"].shape, o["k"].shape[1:3], o["v"].shape[3]
     key = tuple(sorted(o.get("key", {}))) if opt.score_mod is not None else ()
     row = tuple(sorted(o.get("row", {}))) if opt.score_mod is not None else ()
@@ -95,7 +107,7 @@ def plan(o: dict, opt, *, rows: int, keys: int, pad_rows, pad_unit, pad_lanes, p
         b, n, m, h, g, d, dv, opt.tile, opt.unit, pack, pad_rows(pack * opt.tile), unit_rows, pad_lanes(opt.unit),
         max(1, min(o["index"].shape[3], keys // unit_rows)), pad_width(d), pad_width(dv),
         tuple(sorted(o["q_fields"])), row, key, biased, o.get("bounds") is not None, o["q"].dtype == jnp.float32,
-        unit_rows == opt.unit, o.get("log_weight") is not None, tabled,
+        unit_rows == opt.unit, o.get("log_weight") is not None, tabled, raw,
     )  # fmt: skip
 
 
@@ -124,6 +136,26 @@ def from_rows(p: Plan, x):
     return x[:, : p.n]
 
 
+def queries_of(p: Plan, x, width: int):
+    """[B, N, H, E] as arrays of rows."""
+    if not p.by_head:
+        return rows_of(p, x, width)
+    x = jnp.swapaxes(_pad(_pad(x, 1, p.tiles * p.tile), 3, width), 1, 2)
+    return x.reshape(x.shape[0], p.blocks, p.pack, p.tiles, p.tile, width)
+
+
+def from_queries(p: Plan, x):
+    """Back to [B, N, H, E]."""
+    if not p.by_head:
+        return from_rows(p, x)
+    return jnp.swapaxes(x.reshape(x.shape[0], p.h, p.tiles * p.tile, x.shape[5]), 1, 2)[:, : p.n]
+
+
+def rows_shape(p: Plan, width: int) -> tuple[int, ...]:
+    """Of an array of rows."""
+    return (p.b, p.blocks, p.pack, p.tiles, p.tile, width) if p.by_head else (p.b, p.blocks, p.tiles, p.rows, width)
+
+
 def row_facts(p: Plan, facts: list):
     """Facts [b, N, 1|H] -> [b, 1|blocks, tiles, len(facts), rows]."""
     shape = jnp.broadcast_shapes(*(x.shape for x in facts))
@@ -132,9 +164,9 @@ def row_facts(p: Plan, facts: list):
 
 
 def units_of(p: Plan, x, width: int):
-    """[B, M, G, E] -> [B, G, units + 1, unit_rows, width]."""
-    b, _, g, e = x.shape
-    x = _pad(x, 1, (p.units + 1) * p.unit).reshape(b, p.units + 1, p.unit, g, e)
+    """[B, M, G, E] -> [B, G, units (+ 1), unit_rows, width]."""
+    (b, _, g, e), units = x.shape, p.units + (p.raw == 0)
+    x = _pad(x, 1, units * p.unit).reshape(b, units, p.unit, g, e)
     return _pad(_pad(jnp.transpose(x, (0, 3, 1, 2, 4)), 3, p.unit_rows), 4, width)
 
 
@@ -177,8 +209,8 @@ def arrange_floats(p: Plan, o: dict, opt=None) -> dict:
         h = x.shape[2]
         return jnp.where((state if h in (1, p.g) else jnp.repeat(state, h // p.g, axis=2)) == 1, x, 0)
 
-    k, v = (jnp.where((state == 1)[..., None], o[x], 0) for x in ("k", "v"))
-    out = {"q": rows_of(p, o["q"], p.d_pad), "k": units_of(p, k, p.d_pad), "v": units_of(p, v, p.dv_pad)}
+    k, v = (o[x] if p.raw else jnp.where((state == 1)[..., None], o[x], 0) for x in ("k", "v"))
+    out = {"q": queries_of(p, o["q"], p.d_pad), "k": units_of(p, k, p.d_pad), "v": units_of(p, v, p.dv_pad)}
     if p.row:
         out["row"] = row_facts(p, [o["row"][x].astype(jnp.float32) for x in p.row])
     if p.key_floats:

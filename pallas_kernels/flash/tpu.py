@@ -21,13 +21,15 @@ ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def block_spec(p: Plan, x, place, memory=pltpu.VMEM):
-    """One block per step of a grid for an array [b, heads, blocks, ...]; ``place(*grid)`` -> (batch, row block, block)."""
+    """One block per step of a grid for an array [b, heads, blocks, ...] or, of rows by head, [b, heads, pack, blocks, ...];
+    ``place(*grid)`` -> (batch, row block, block)."""
+    pack = x.shape[2:-3]
 
     def index(*step):
         b, h, i = place(*step)
-        return (*at(p, x, b, h), i, 0, 0)
+        return (*at(p, x, b, h), *(0 for _ in pack), i, 0, 0)
 
-    return pl.BlockSpec((None, None, None, *x.shape[3:]), index, memory_space=memory)
+    return pl.BlockSpec((None, None, *pack, None, *x.shape[-2:]), index, memory_space=memory)
 
 
 def params(order):
@@ -62,7 +64,7 @@ def by_tile(p: Plan, opt, kernel, rows: dict, keys: dict, outs: dict, scratch: d
 def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
     grid = (p.b, p.blocks, p.tiles)
     outs = {
-        "out": jax.ShapeDtypeStruct((*grid, p.rows, p.dv_pad), keys["v"].dtype),
+        "out": jax.ShapeDtypeStruct(layout.rows_shape(p, p.dv_pad), keys["v"].dtype),
         "lse": jax.ShapeDtypeStruct((*grid, 1, p.rows), jnp.float32),
     }
     scratch = {x: pltpu.VMEM((p.rows, w), jnp.float32) for x, w in (("top", LANES), ("mass", LANES), ("total", p.dv_pad))}
@@ -71,7 +73,7 @@ def _forward(p: Plan, opt, rows: dict, keys: dict, interpret):
 
 def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     grid = (p.b, p.blocks, p.tiles)
-    outs = {"dq": jax.ShapeDtypeStruct((*grid, p.rows, p.d_pad), rows["q"].dtype)}
+    outs = {"dq": jax.ShapeDtypeStruct(layout.rows_shape(p, p.d_pad), rows["q"].dtype)}
     scratch = {"d_total": pltpu.VMEM((p.rows, p.d_pad), jnp.float32)}
     if p.row:
         outs["d_row"] = jax.ShapeDtypeStruct((*grid, len(p.row), p.rows), jnp.float32)
@@ -115,12 +117,14 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     scratch = {
         "dk_total": pltpu.VMEM((p.unit_rows, p.d_pad), jnp.float32),
         "dv_total": pltpu.VMEM((p.unit_rows, p.dv_pad), jnp.float32),
+        "clean_k": pltpu.VMEM((p.unit_rows, p.d_pad), keys["k"].dtype),
+        "clean_v": pltpu.VMEM((p.unit_rows, p.dv_pad), keys["v"].dtype),
     }
     if p.key_floats:
         facts = len(p.key_floats)
         outs["d_key"] = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, facts, p.unit_lanes), jnp.float32)
         scratch["key_total"] = pltpu.VMEM((facts, p.unit_lanes, LANES), jnp.float32)
-    buffers = tpu_kernels.row_buffers(streamed, chunks)
+    buffers = tpu_kernels.row_buffers(p, streamed, chunks)
     names = ["offsets", *keys, "chunks", *streamed, *outs, *scratch, *buffers]
     found = pl.pallas_call(
         functools.partial(tpu_kernels.key_gradient_kernel, p, opt, tuple(names), tuple(streamed)),
@@ -144,7 +148,7 @@ def _plan(o: dict, opt) -> Plan:
     shape = _tuned.width(o["q"].shape[3], o["v"].shape[3])
     held = _tuned.sizes("flash", "tpu", shape, o["q"].dtype, {"rows": ROWS, "keys": KEYS})
     return layout.plan(
-        o, opt, **held, pad_rows=whole, pad_unit=lambda n: ceil_to(n, sublanes), pad_lanes=whole, pad_width=whole
+        o, opt, **held, pad_rows=whole, pad_unit=lambda n: ceil_to(n, sublanes), pad_lanes=whole, pad_width=whole, raw=sublanes
     )
 
 

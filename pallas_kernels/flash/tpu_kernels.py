@@ -3,7 +3,8 @@
 Keys stay in HBM; each grid step owns one block of query rows and copies the units of its list into VMEM, two steps of
 the loop in flight. The list comes with the grid step as a block of scalar memory, so no table is ever whole there. The
 keys' gradient walks the transposed lists, read from HBM a chunk at a time, with keys on the sublanes: every product is
-then one the MXU takes without a transposition.
+then one the MXU takes without a transposition. k and v come as they are: what no row may read (invalid keys, NaN) is
+zeroed in VMEM, in the units that hold such keys.
 """
 
 from __future__ import annotations
@@ -45,7 +46,42 @@ def key_buffers(p: Plan, arrays: dict):
 def source(p: Plan, r: dict, name: str, b, h, tile, unit):
     """Where in HBM the array called ``name`` holds a unit, or its pair with a query tile."""
     place = at(p, r[name], b, h)
-    return r[name].at[*place, tile, unit] if name == "table" else r[name].at[*place, unit]
+    if name in ("k", "v"):  # entries that are not in use name a unit that only facts have
+        unit = jnp.minimum(unit, p.units - 1)
+    return r[name].at[*place, tile, unit] if name == "table" or _by_head(p, name) else r[name].at[*place, unit]
+
+
+def clean(x, state):
+    """Rows of ``x`` with zeros where ``state`` [rows, 1] is not 1; by float32, for which every chip selects."""
+    return jnp.where(state == 1, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
+def clean_fetched(p: Plan, got: dict):
+    """Zero what must not be read of the fetched units, if there is any."""
+    state = got["key_int"][:, 0:1, :]
+    counts = lax.broadcasted_iota(jnp.int32, state.shape, 2) < p.unit
+    odd = jnp.max(jnp.where(counts & (state != 1), 1.0, 0.0)) > 0
+
+    @pl.when(odd)
+    def _():
+        def unit(c, _):
+            fine = as_column(got["key_int"][c][0:1])[: p.unit_rows]
+            for x in ("k", "v"):
+                if x in got:
+                    got[x][c] = clean(got[x][c], fine)
+            return 0
+
+        lax.fori_loop(0, p.step, unit, 0)
+
+
+def rows_in(ref):
+    """The rows of a block, heads apart or not, as one matrix."""
+    x = ref[...]
+    return x.reshape(-1, x.shape[-1])
+
+
+def put_rows(ref, x):
+    ref[...] = x.reshape(ref.shape).astype(ref.dtype)
 
 
 def over_units(p: Plan, r: dict, names, b, h, body, *, split: bool = False):
@@ -80,11 +116,16 @@ def over_units(p: Plan, r: dict, names, b, h, body, *, split: bool = False):
         for copy in copies(j, slot, False):
             copy.wait()
         got = {name: r["+" + name].at[slot] for name in names}
+
+        def masked():
+            clean_fetched(p, got)
+            body(j * p.step, got, *((False,) if split else ()))
+
         if split and p.full:
             pl.when(j < whole)(lambda: body(j * p.step, got, True))
-            pl.when(j >= whole)(lambda: body(j * p.step, got, False))
+            pl.when(j >= whole)(masked)
         else:
-            body(j * p.step, got, *((False,) if split else ()))
+            masked()
         return 0
 
     lax.fori_loop(0, steps, step, 0)
@@ -142,7 +183,7 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
 
     def body(entry, got, full):
         key, key_int, valid = fetched_keys(p, r, entry, got, full)
-        s = dot(r["q"][...], merged(p, got["k"]), NT)
+        s = dot(rows_in(r["q"]), merged(p, got["k"]), NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
         s = logits_of(p, opt, row_int, key_int)(s, row, key)
         v = merged(p, got["v"])
@@ -162,13 +203,13 @@ def forward_kernel(p: Plan, opt, names, keys, *refs):
 
     over_units(p, r, keys, b, h, body, split=True)
     if opt.normalizer == "none":
-        r["out"][...] = r["total"][...].astype(r["out"].dtype)
+        put_rows(r["out"], r["total"][...])
         r["lse"][...] = jnp.zeros_like(r["lse"])
         return
     top, mass = r["top"][:, :1], r["mass"][:, :1]
     seen = mass != 0
     safe = jnp.where(seen, mass, 1.0)
-    r["out"][...] = (r["total"][...] / safe).astype(r["out"].dtype)
+    put_rows(r["out"], r["total"][...] / safe)
     r["lse"][...] = as_row(jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf))
 
 
@@ -186,7 +227,7 @@ def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
     def body(entry, got, full):
         key, key_int, valid = fetched_keys(p, r, entry, got, full)
         k = merged(p, got["k"])
-        s, dp = dot(r["q"][...], k, NT), dot(r["do"][...], merged(p, got["v"]), NT)
+        s, dp = dot(rows_in(r["q"]), k, NT), dot(rows_in(r["do"]), merged(p, got["v"]), NT)
         ok = visible(opt, s.shape, valid, sides, key_int)
         _, ds, d_row, d_key = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)
         r["d_total"][...] += dot(ds.astype(k.dtype), k, NN)
@@ -199,14 +240,24 @@ def query_gradient_kernel(p: Plan, opt, names, keys, *refs):
                 r["d_weight"][...] += jnp.where(slots == entry + c, jnp.broadcast_to(one, slots.shape), 0.0)
 
     over_units(p, r, keys, b, h, body, split=True)
-    r["dq"][...] = r["d_total"][...].astype(r["dq"].dtype)
+    put_rows(r["dq"], r["d_total"][...])
     for i in range(len(p.row)):
         r["d_row"][i : i + 1, :] = r["row_total"][i].T[:1]
 
 
-def row_buffers(arrays: dict, chunks) -> dict:
+def _by_head(p: Plan, name: str) -> bool:
+    return p.by_head and name in ("q", "do")
+
+
+def row_buffers(p: Plan, arrays: dict, chunks) -> dict:
     """Double buffers for a row block of each array in HBM, and for a chunk of the transposed lists."""
-    buffers = {"+" + x: pltpu.VMEM((2, *a.shape[4 if x == "table" else 3 :]), a.dtype) for x, a in arrays.items()}
+
+    def block(name: str, a):
+        if _by_head(p, name):
+            return p.pack, *a.shape[4:]
+        return a.shape[4 if name == "table" else 3 :]
+
+    buffers = {"+" + x: pltpu.VMEM((2, *block(x, a)), a.dtype) for x, a in arrays.items()}
     buffers |= {"+chunks": pltpu.SMEM((2, *chunks.shape[3:]), jnp.int32)}
     return buffers | {"sem": pltpu.SemaphoreType.DMA((2,)), "chunk_sem": pltpu.SemaphoreType.DMA}
 
@@ -221,7 +272,7 @@ def table_gradient_kernel(p: Plan, opt, names, keys, *refs):
 
     def body(entry, got, full):
         key, key_int, valid = fetched_keys(p, r, entry, got, full)
-        s, dp = dot(r["q"][...], merged(p, got["k"]), NT), dot(r["do"][...], merged(p, got["v"]), NT)
+        s, dp = dot(rows_in(r["q"]), merged(p, got["k"]), NT), dot(rows_in(r["do"]), merged(p, got["v"]), NT)
         ok = visible(opt, s.shape, valid, sides, key_int)
         found = pair_gradient(p, opt, s, dp, ok, lse, delta, (sides, key_int), row, key)[3]["+table"]
         for c in range(p.step):
@@ -246,7 +297,7 @@ def over_row_blocks(p: Plan, r: dict, streamed, b, h, u, body, *, split: bool = 
 
     def copies(slot, tile):
         for name in streamed:
-            held = source(p, r, name, b, h, tile, u if name == "table" else tile)
+            held = source(p, r, name, b, h, slice(None) if _by_head(p, name) else tile, u if name == "table" else tile)
             yield pltpu.make_async_copy(held, r["+" + name].at[slot], r["sem"].at[slot])
 
     def start(e, slot):
@@ -314,14 +365,16 @@ def key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
         r["dk_total"][...] = jnp.zeros_like(r["dk_total"])
         r["dv_total"][...] = jnp.zeros_like(r["dv_total"])
 
+    for x in ("k", "v"):
+        r["clean_" + x][...] = clean(r[x][...], valid)
     if p.key_floats:
         r["key_total"][...] = jnp.zeros_like(r["key_total"])
 
     def body(limits, got, full, weight):
         row_int, row = row_sides(p, got, lambda x: x)
         lse, delta = got["sums"][0:1, :], got["sums"][1:2, :]
-        q, do = got["q"][...], got["do"][...]
-        s, dp = dot(r["k"][...], q, NT), dot(r["v"][...], do, NT)  # keys by queries
+        q, do = rows_in(got["q"]), rows_in(got["do"])
+        s, dp = dot(r["clean_k"][...], q, NT), dot(r["clean_v"][...], do, NT)  # keys by queries
         live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
         ok = visible(opt, s.shape, None if full else live, row_int, key_int)
         added = {"+weight": jnp.broadcast_to(weight, (1, q.shape[0]))} if p.weighted else {}
@@ -337,8 +390,8 @@ def key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
 
     @pl.when(part == parts - 1)
     def _():
-        r["dk"][...] = r["dk_total"][...].astype(r["dk"].dtype)
-        r["dv"][...] = r["dv_total"][...].astype(r["dv"].dtype)
+        for x in ("dk", "dv"):  # what was read as zero has no gradient
+            r[x][...] = clean(r[x + "_total"][...], valid).astype(r[x].dtype)
 
     for i in range(len(p.key_floats)):
         r["d_key"][i : i + 1, :] = r["key_total"][i].T[:1]

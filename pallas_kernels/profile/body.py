@@ -92,7 +92,7 @@ def _gradient(body: Body, interpret, floats: dict, ints: dict, opt, sums: dict, 
     found |= folding(body.key_gradient, wide, opt, interpret)(rows, keys)
     rest = {x: a for x, a in o.items() if x not in floats}
     arranged, pull = jax.vjp(lambda f: layout.arrange_floats(p, f | rest, opt), floats)
-    grads = {"q": found["dq"], "k": with_spare(found["dk"]), "v": jnp.zeros_like(arranged["v"])}
+    grads = {"q": found["dq"], "k": found["dk"] if p.raw else with_spare(found["dk"]), "v": jnp.zeros_like(arranged["v"])}
     if p.row:
         grads["row"] = summed(found["d_row"], arranged["row"].shape)
     if p.key_floats:

@@ -38,7 +38,7 @@ def _rows_kernel(p: Plan, opt, names, keys, *refs):
 
     def body(entry, got):
         key, key_int, valid = tpu_kernels.fetched_keys(p, r, entry, got)
-        s = dot(r["q"][...], tpu_kernels.merged(p, got["k"]), NT)
+        s = dot(tpu_kernels.rows_in(r["q"]), tpu_kernels.merged(p, got["k"]), NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
         s = kept(logits_of(p, opt, row_int, key_int)(s, row, key), ok, valid, -jnp.inf)
         top = r["top"][:, :1]
@@ -71,11 +71,12 @@ def _columns_kernel(p: Plan, opt, names, streamed, *refs):
     key_int, key, valid = tpu_kernels.key_sides(p, r)
     total = r["total"]
     total[...] = jnp.zeros_like(total)
+    r["clean_k"][...] = tpu_kernels.clean(r["k"][...], valid)
 
     def body(limits, got):
         row_int, row = tpu_kernels.row_sides(p, got, lambda x: x)
         lse, weights = got["sums"][0:1, :], got["sums"][1:2, :]
-        s = dot(r["k"][...], got["q"][...], NT)  # keys by queries
+        s = dot(r["clean_k"][...], tpu_kernels.rows_in(got["q"]), NT)  # keys by queries
         live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
         ok = visible(opt, s.shape, live, row_int, key_int)
         s = kept(logits_of(p, opt, row_int, key_int)(s, row, key), ok, live, -jnp.inf)
@@ -89,14 +90,18 @@ def _columns_kernel(p: Plan, opt, names, streamed, *refs):
     r["columns"][...] = dot(mine, total[...], NT)
 
 
+def _clean_keys(p: Plan, keys: dict):
+    return pltpu.VMEM((p.unit_rows, p.d_pad), keys["k"].dtype)
+
+
 def _columns(p: Plan, opt, rows: dict, keys: dict, interpret):
     chunks, offsets = layout.transpose_lists(p, rows["lists"])
     streamed = {x: a for x, a in rows.items() if x != "lists"}
     unit = lambda *step: step  # noqa: E731
     heads = ceil_to(p.pack, SUBLANES)
     out = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, heads, p.unit_lanes), jnp.float32)
-    scratch = {"total": pltpu.VMEM((p.unit_lanes, p.rows), jnp.float32)}
-    buffers = tpu_kernels.row_buffers(streamed, chunks)
+    scratch = {"total": pltpu.VMEM((p.unit_lanes, p.rows), jnp.float32), "clean_k": _clean_keys(p, keys)}
+    buffers = tpu_kernels.row_buffers(p, streamed, chunks)
     names = ["offsets", *keys, "chunks", *streamed, "columns", *scratch, *buffers]
     found = pl.pallas_call(
         functools.partial(_columns_kernel, p, opt, tuple(names), tuple(streamed)),
@@ -128,7 +133,7 @@ def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
     def body(entry, got):
         key, key_int, valid = tpu_kernels.fetched_keys(p, r, entry, got)
         d_columns, k = key.pop(COLUMNS), tpu_kernels.merged(p, got["k"])
-        s = dot(r["q"][...], k, NT)
+        s = dot(tpu_kernels.rows_in(r["q"]), k, NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
         received, ds, d_row, _ = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
         r["total"][...] += dot(ds.astype(k.dtype), k, NN)
@@ -137,7 +142,7 @@ def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
             r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
 
     tpu_kernels.over_units(p, r, keys, pl.program_id(0), pl.program_id(1), body)
-    r["dq"][...] = r["total"][...].astype(r["dq"].dtype)
+    tpu_kernels.put_rows(r["dq"], r["total"][...])
     r["d_weights"][...] = as_row(r["received"][:, :1])
     for i in range(len(p.row)):
         r["d_row"][i : i + 1, :] = as_row(r["row_total"][i][:, :1])
@@ -145,7 +150,7 @@ def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
 
 def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     block = p.b, p.blocks, p.tiles
-    outs = {"dq": jax.ShapeDtypeStruct((*block, p.rows, p.d_pad), rows["q"].dtype)}
+    outs = {"dq": jax.ShapeDtypeStruct(layout.rows_shape(p, p.d_pad), rows["q"].dtype)}
     outs["d_weights"] = jax.ShapeDtypeStruct((*block, 1, p.rows), jnp.float32)
     scratch = {x: pltpu.VMEM((p.rows, w), jnp.float32) for x, w in (("total", p.d_pad), ("received", LANES))}
     if p.row:
@@ -165,13 +170,14 @@ def _key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
     def _():
         r["total"][...] = jnp.zeros_like(r["total"])
 
+    r["clean_k"][...] = tpu_kernels.clean(r["k"][...], valid)
     if key:
         r["key_total"][...] = jnp.zeros_like(r["key_total"])
 
     def body(limits, got):
         row_int, row = tpu_kernels.row_sides(p, got, lambda x: x)
-        q, sums = got["q"][...], [got["sums"][i : i + 1, :] for i in range(4)]
-        s = dot(r["k"][...], q, NT)  # keys by queries
+        q, sums = tpu_kernels.rows_in(got["q"]), [got["sums"][i : i + 1, :] for i in range(4)]
+        s = dot(r["clean_k"][...], q, NT)  # keys by queries
         live = valid * inside(*limits, (p.unit_rows, 1), 0) if p.bounded else valid
         ok = visible(opt, s.shape, live, row_int, key_int)
         _, ds, _, d_key = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
@@ -183,7 +189,7 @@ def _key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
 
     @pl.when(part == parts - 1)
     def _():
-        r["dk"][...] = r["total"][...].astype(r["dk"].dtype)
+        r["dk"][...] = tpu_kernels.clean(r["total"][...], valid).astype(r["dk"].dtype)
 
     for i in range(len(key)):
         r["d_key"][i : i + 1, :] = as_row(r["key_total"][i][:, :1])
@@ -195,11 +201,11 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
     streamed = {x: a for x, a in rows.items() if x != "lists"}
     place = lambda b, g, u, part: (b, g * parts + part, u)  # noqa: E731
     outs = {"dk": jax.ShapeDtypeStruct((p.b, p.g, p.units, p.unit_rows, p.d_pad), keys["k"].dtype)}
-    scratch = {"total": pltpu.VMEM((p.unit_rows, p.d_pad), jnp.float32)}
+    scratch = {"total": pltpu.VMEM((p.unit_rows, p.d_pad), jnp.float32), "clean_k": _clean_keys(p, keys)}
     if facts:
         outs["d_key"] = jax.ShapeDtypeStruct((p.b, p.blocks, p.units, facts, p.unit_lanes), jnp.float32)
         scratch["key_total"] = pltpu.VMEM((facts, p.unit_lanes, LANES), jnp.float32)
-    buffers = tpu_kernels.row_buffers(streamed, chunks)
+    buffers = tpu_kernels.row_buffers(p, streamed, chunks)
     names = ["offsets", *keys, "chunks", *streamed, *outs, *scratch, *buffers]
     found = pl.pallas_call(
         functools.partial(_key_gradient_kernel, p, opt, tuple(names), tuple(streamed)),
