@@ -26,6 +26,11 @@ class Tokens:
 
     methods: tuple[str, ...] = ()
     """Token methods as "name" or "name:arg=value,..."; none: all of the registry."""
+    trained: tuple[Path, ...] = ()
+    """Runs of `python -m train vlm --init <checkpoint> --tokens METHOD`: trained methods, answered with the runs' parameters
+    beside their checkpoints."""
+    questions: int | None = None
+    """Of a scene that are asked together, in turn of its nine; None: all. One for methods that answer to the question."""
     budgets: tuple[float, ...] = (50, 33, 22, 11, 5)
     """Percent of the visual tokens that the language model reads, on average over its layers; worked off in this order."""
     scenes: int = 400
@@ -93,7 +98,7 @@ def counts_of(percents: Sequence[float], n: int) -> tuple[int, ...]:
 
 def planned(options: Tokens, model) -> tuple[list, list]:
     """(entries in the order of work, what does not fit)."""
-    from benchmarks.boards import budgets
+    from benchmarks.boards import budgets, trained
     from jaxattn import registry
 
     order = counts_of(options.budgets, model.visual)
@@ -101,6 +106,9 @@ def planned(options: Tokens, model) -> tuple[list, list]:
     if "random" not in methods:
         methods = ("random", *methods)
     entries, unfit = budgets.plan(methods, order, model, positions=options.positions)
+    if options.trained:
+        more, not_met = trained.plan([trained.read(run) for run in options.trained], order, model, positions=options.positions)
+        entries, unfit = [*entries, *more], [*unfit, *not_met]
     rank = {b: i for i, b in enumerate(order)}
     return sorted(entries, key=lambda e: -1 if e.method == budgets.FULL else rank[e.budget]), list(unfit)
 
@@ -130,7 +138,7 @@ def trained_models(options: Tokens) -> Iterator[tuple[str, str, Any]]:
 
 
 def on_scenes(options: Tokens) -> int:
-    from benchmarks.boards import budgets, outcomes, ranking, scene_exam, token_page
+    from benchmarks.boards import budgets, outcomes, ranking, scene_exam, token_page, trained
     from benchmarks.boards.budgets import Unfit
     from train import scenes, tasks
     from train.data import vlm_dataset
@@ -145,14 +153,16 @@ def on_scenes(options: Tokens) -> int:
     if not checkpoints:
         raise ValueError(f"checkpoints: expected a trained model in {options.checkpoints}/seed<number>, got none")
     say(f"{len(entries)} programs, {len(checkpoints)} checkpoints, {options.scenes} scenes; results in {options.out}")
-    dataset = vlm_dataset(split="validation", count=options.scenes, mix=scenes.MIX, scene_seed=0)
+    dataset = vlm_dataset(split="validation", count=options.scenes, mix=scenes.MIX, scene_seed=0, together=options.questions)
     batches = scene_exam.batches_of(dataset, options.scenes, options.batch)
     exam = scene_exam.exam_of(batches, vocabulary.ids["yes"], vocabulary.ids["no"])
     store = outcomes.Store(options.out / "results")
     whole = [e for e in entries if e.method == budgets.FULL]
+    folders = {name: options.training(int(name.removeprefix("seed"))).folder for name, _, _ in checkpoints}
+    runs = trained.by_checkpoint([trained.read(run) for run in options.trained], folders)
 
     def go(checkpoints, entries):
-        board = scene_exam.Board(model, checkpoints, batches, store, options.rounds, options.show, say)
+        board = scene_exam.Board(model, checkpoints, batches, store, options.rounds, options.show, say, runs)
         return board.work(entries) if options.answer else board.read(entries)
 
     full, *_ = go(checkpoints, whole)  # a model that has not learned a kind is not asked any further
@@ -168,8 +178,8 @@ def on_scenes(options: Tokens) -> int:
     facts = {"checkpoints": fine, "left_out": left_out, "images": options.scenes, "tokens": model.visual,
              "layers": model.llm.layers, "positions": options.positions, "batch": options.batch,
              "title": "Visual tokens of digit-scene models: every method at equal budgets",
-             "about": f"{options.scenes} held-out scenes of handwritten digits, 9 questions each, models: "
-                      f"{', '.join(fine)}, pruned without retraining"}  # fmt: skip
+             "about": f"{options.scenes} held-out scenes of handwritten digits, {options.questions or 9} questions each, "
+                      f"models: {', '.join(fine)}, pruned without retraining{' unless so named' if runs else ''}"}  # fmt: skip
     images = np.concatenate([b["image"] for b in batches])[: options.show, ..., 0]
     token_page.write(options.report / name, entries, found, costs, [*unfit, *refused], exam, facts,
                      unfair=tuple(k for k in exam.names if k not in (*exam.ranked, "yes", "no")), images=images,

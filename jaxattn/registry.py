@@ -110,16 +110,22 @@ def parse(socket: str, text: str) -> Any:
 def build(what: str, factory: Callable, text: str) -> Any:
     """Call a factory with the arguments "arg=value,arg=value", checked against its signature; `what` is its name in
     errors."""
-    arguments: dict[str, Any] = {}
+    arguments = {key: _value(value) for key, value in given(what, text).items()}
+    _check(what, factory, arguments)
+    return factory(**arguments)
+
+
+def given(what: str, text: str) -> dict[str, str]:
+    """The arguments "arg=value,arg=value" by name, values as they are written."""
+    found: dict[str, str] = {}
     for item in _split(text, text):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key.isidentifier() or not value:
             raise ValueError(f"{what}: expected arg=value, got {item.strip()!r}")
-        if key in arguments:
+        if key in found:
             raise ValueError(f"{what}: argument {key!r} is given twice")
-        arguments[key] = _value(value)
-    _check(what, factory, arguments)
-    return factory(**arguments)
+        found[key] = value
+    return found
 
 
 def _table(socket: str) -> dict[str, Callable]:

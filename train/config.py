@@ -199,9 +199,10 @@ class VLM(Common):
     attention: str | None = None
     """A method of the language model as "name:arg=value,..."; None: dense."""
     tokens: str | None = None
-    """A method that prunes visual tokens while training; None: all are kept."""
+    """A method that prunes visual tokens while training, or several as "name:arg=value@site + name:arg=value@site"; None: all
+    are kept."""
     tokens_at: str = "vision"
-    """Where it acts: vision, vision.<layer>, project, llm or llm.<layer>."""
+    """Where it acts, if it does not say: vision, vision.<layer>, project, llm or llm.<layer>."""
     objective: str | None = None
     """What to minimise, as "name:arg=value,..."; None: what the method's name has, else the losses of the task."""
     init: Path | None = None

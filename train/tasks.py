@@ -215,7 +215,8 @@ def multimodal(config: VLM) -> Task:
     train, held_out = _streams(vlm_dataset, config, **data)
     model = scene_model(config, train.info["vocab_size"], train.info["channels"])
     bind = partial(vlm.bind, model, None, attention=config.attention, remat=config.remat, key=jax.random.key(config.seed))
-    bound, plain = bind(reduce={config.tokens_at: config.tokens} if config.tokens else None), bind()
+    named = methods.placed(tuple(config.tokens.split(" + ")) if config.tokens else (), config.tokens_at)
+    bound, plain = bind(reduce=named), bind()
     # The vision losses have a label for every patch: none where the tower loses some.
     auxiliary = 0.0 if own or bound.program.stack("vision").cuts else config.auxiliary
 
@@ -236,7 +237,7 @@ def multimodal(config: VLM) -> Task:
         alone = _streams(vlm_dataset, config, **crowded, batch_size=config.vision_batch, scene_seed=1)
         before = (Stage(tower, *alone, config.vision_steps, folder="vision", params=("vision", "aux")),)
     params = vlm.init(model, config.seed) if own else scenes.init(model, config.seed)
-    objective = methods.objective_of(config.objective, (config.tokens,) if config.tokens else ())
+    objective = methods.objective_of(config.objective, tuple(named.values()))
     return _task(config, model, bound, plain, params, train, held_out, outcome, objective, before=before,
                  groups={"vision": config.vision_lr}, score=None if own else score)  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -197,6 +198,11 @@ UNFIT = {
     "tokenflex": "its projector is trained in place of the model's",
     "quota": "it shares a budget among the frames of a video, and these are single images",
 }
+TRAINED = {  # rules of methods that are on the board with their trained parts alone
+    "dyvte": Rule("llm", lambda enter, n, depth: {}, "enter", "k_center"),
+    "focusui": Rule("project", lambda left, n, depth: {"ratio": 1 - (left - 1) // 2 / n, "capacity": left}),
+    "tokenflex": Rule("project", lambda left, n, depth: {"keep": math.isqrt(left) ** 2}),
+}
 NEUTRAL = ("textmonkey",)  # trained parts that start as no change: fair without training
 NOTES = {
     "dymu": "as many merges for every image: its thresholds are not calibrated",
@@ -207,6 +213,13 @@ NOTES = {
     "todre_exit": "images whose visual tokens leave early are counted as if they stayed",
     "vflowopt": "published settings, not searched",
     "vflowopt_stages": "published settings, not searched",
+}
+
+
+TRAINED_NOTES = {
+    "dyvte": "images whose visual tokens leave early are counted as if they stayed",
+    "tokenflex": "the largest square number within the budget",
+    "focusui": "half of the budget, since every dropped run leaves a marker",
 }
 
 
@@ -277,31 +290,42 @@ def plan(methods: Sequence[str], budgets: Sequence[int], model: vlm.VLMConfig, *
     return tuple(entries), tuple(dict.fromkeys(unfit))
 
 
-def entry(method: str, budget: int, model: vlm.VLMConfig, *, positions: str | None = None) -> Entry | Unfit:
-    """One method at ``budget`` visual tokens per layer (on average, where layers differ)."""
+def entry(method: str, budget: int, model: vlm.VLMConfig, *, positions: str | None = None,
+          trained: bool = False) -> Entry | Unfit:  # fmt: skip
+    """One method at ``budget`` visual tokens per layer (on average, where layers differ); ``trained``: with parts that were,
+    as its arguments say but for those that meet the budget."""
     name = name_of(method)
     accepted = inspect.signature(registry.get("tokens", name)).parameters
-    if name in UNFIT:
+    trained_rule = TRAINED.get(name) if trained else None
+    if name in UNFIT and trained_rule is None:
         return Unfit(method, None, UNFIT[name])
-    rule = RULES.get(name)
+    rule = trained_rule or RULES.get(name)
     whole = "keep" in accepted and accepted["keep"].annotation in (int, "int", inspect.Parameter.empty)
     if rule is None and not whole:
         return Unfit(method, None, f"no rule says how its arguments meet a budget: {', '.join(accepted) or 'it has none'}")
     try:
-        reduce, note = _meet(method, rule, budget, model, positions)
+        reduce, note = _meet(_free(method, rule, budget, model) if trained else method, rule, budget, model, positions)
         layers = rows_by_layer(reduce, model)
         expect("budget", budget, f"more: it leaves {max(layers)} rows", sum(layers) <= budget * len(layers))
     except ValueError as error:
         return Unfit(method, budget, str(error))
-    trained = [site for site, record in reduce if hasattr(record, "init")]
-    if trained and name not in NEUTRAL:
+    parts = [site for site, record in reduce if hasattr(record, "init")]
+    if parts and name not in NEUTRAL and not trained:
         return Unfit(method, None, "it has parts that are trained, and these checkpoints were trained without them")
-    note = "; ".join(x for x in (note, NOTES.get(name, "")) if x)
+    note = "; ".join(x for x in (note, (TRAINED_NOTES if trained else NOTES).get(name, "")) if x)
     return Entry(method, budget, reduce, layers, any(not hasattr(r, "mode") for s, r in reduce if s[:3] != "llm"), note)
 
 
 def name_of(method: str) -> str:
     return method.partition(":")[0].strip().replace("-", "_")
+
+
+def _free(method: str, rule: Rule | None, budget: int, model: vlm.VLMConfig) -> str:
+    """The method without the arguments that the rule sets."""
+    name, _, text = method.partition(":")
+    sets = {"keep"} if rule is None else set(rule.given(budget, model.visual, model.llm.layers))
+    kept = {key: value for key, value in registry.given(name, text).items() if key not in sets}
+    return f"{name}:{','.join(f'{k}={v}' for k, v in kept.items())}" if kept else name
 
 
 def build(method: str, arguments: dict[str, Any], model: vlm.VLMConfig, positions: str | None):

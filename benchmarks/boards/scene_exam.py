@@ -20,6 +20,8 @@ from models.multimodal import vlm
 from train.data import Batches
 from train.data.questions import KINDS
 from train.data.scenes import BACKGROUND
+from train.scenes import MIX
+from train.tasks import with_params
 
 INPUTS = ("image", "tokens", "segment", "position", "questions", "content")
 
@@ -45,14 +47,16 @@ class Compiled(NamedTuple):
 
 def compiled(e: Entry, model: vlm.VLMConfig, params: Any, batch: Mapping[str, np.ndarray]) -> Compiled:
     """The entry's program. Raises ValueError where the method refuses the model."""
-    bound = vlm.bind(model, params, reduce=dict(e.reduce))
+    bound = vlm.bind(model, None, reduce=dict(e.reduce))
     first = {name: batch[name] for name in INPUTS}
-    args = (bound.arrays, params, first, jax.random.key(0))
+    ready = with_params(bound, params)
+    args = (ready.arrays, ready.params, first, jax.random.key(0))
     flops = matmul_flops(functools.partial(answer, bound.program), *args) / len(first["image"])
     program = answer.lower(bound.program, *args).compile()
 
     def run(params, batch, number):
-        return program(bound.arrays, params, {name: batch[name] for name in INPUTS}, jax.random.key(number))
+        ready = with_params(bound, params)
+        return program(ready.arrays, ready.params, {name: batch[name] for name in INPUTS}, jax.random.key(number))
 
     return Compiled(run, flops)
 
@@ -113,17 +117,20 @@ def step(model: vlm.VLMConfig, params: Any, shapes) -> Callable[[], object]:
 
 # ------------------------------------------------------------------------------------------------------------ the work
 GROUP = latency.GROUP
+QUESTIONS = sum(n for _, n in MIX)  # of a scene
 
 
 class Board:
     """All entries on all checkpoints, through a store: what is there is not done again.
 
     checkpoints: (name, what identifies it, parameters).  rounds: timed runs; 0 times nothing.  show: images whose slots stay.
+    runs: {(method, checkpoint's name): run} of methods that were trained from a checkpoint (``boards.trained``).
     """
 
-    def __init__(self, model, checkpoints, batches, store: Store, rounds: int, show: int, say: Callable[[str], None]):
+    def __init__(self, model, checkpoints, batches, store: Store, rounds: int, show: int, say: Callable[[str], None],
+                 runs: Mapping[tuple[str, str], Any] | None = None):  # fmt: skip
         self.model, self.checkpoints, self.batches, self.store = model, checkpoints, batches, store
-        self.rounds, self.show, self.say = rounds, show, say
+        self.rounds, self.show, self.say, self.runs = rounds, show, say, runs or {}
         self.params = checkpoints[0][2]
         self.size = len(batches[0]["image"])
         self.images = self.size * len(batches)
@@ -131,9 +138,17 @@ class Board:
         self.steps: dict[str, Callable[[], object]] = {}
         self.full: Compiled | None = None
 
+    def asked(self, e: Entry) -> list[tuple[str, str, Any]]:
+        """The checkpoints that answer an entry: all, or the runs of a trained method in their place."""
+        if not any(method == e.method for method, _ in self.runs):
+            return list(self.checkpoints)
+        return [(c[0], run.identity, run.params) for c in self.checkpoints if (run := self.runs.get((e.method, c[0])))]
+
     def answer_key(self, e: Entry, name: str, identity: str) -> dict[str, Any]:
+        together = self.batches[0]["questions"].shape[1]
+        other = {} if together == QUESTIONS else {"questions": together}
         return {"what": "answers", **entry_key(e), "checkpoint": name, "identity": identity, "images": self.images,
-                "batch": self.size, "show": self.show}  # fmt: skip
+                "batch": self.size, "show": self.show, **other}  # fmt: skip
 
     def cost_key(self, e: Entry) -> dict[str, Any]:
         return {"what": "cost", **entry_key(e), "model": repr(self.model), "batch": self.size, "rounds": self.rounds,
@@ -143,7 +158,7 @@ class Board:
         """What ``work`` returns, of what is there."""
         found, costs = {}, {}
         for e in entries:
-            loaded = {name: self.store.load(self.answer_key(e, name, identity)) for name, identity, _ in self.checkpoints}
+            loaded = {name: self.store.load(self.answer_key(e, name, identity)) for name, identity, _ in self.asked(e)}
             found |= {(e.label, name): Outcome.of_json(x) for name, x in loaded.items() if x is not None}
             cost = self.store.load(self.cost_key(e))
             if cost is not None:
@@ -157,7 +172,7 @@ class Board:
         found, costs, refused = self.read(entries)
         group, progress = [], Progress(len(entries))
         for e in entries:
-            missing = [c for c in self.checkpoints if (e.label, c[0]) not in found]
+            missing = [c for c in self.asked(e) if (e.label, c[0]) not in found]
             if not missing and e.label in costs:
                 progress(f"{e.label}  kept from before")
                 continue

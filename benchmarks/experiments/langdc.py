@@ -37,11 +37,16 @@ class Experiment:
     """Scenes of a video."""
     videos: int = 1000
     """To train on; a fifth as many are held out."""
-    steps: int = 800
+    steps: int = 400
     batch: int = 100
     layer: int = -1
     """Whose hidden rows are the tokens; 0 is what enters the first layer."""
+    lr: float = 1e-3
+    fresh: bool = False
+    """Start the main language model from nothing instead of the caption model's: such a small one does not learn to compare a
+    question's digit with what it sees from yes and no alone."""
     layers: int = 2
+    """Of a fresh one, as dim."""
     dim: int = 64
     seed: int = 0
 
@@ -85,9 +90,9 @@ def run(e: Experiment) -> dict[str, float]:
     """Train and print; returns the figures."""
     vocabulary, found = Vocabulary(), tasks.load(e.caption)
     caption = found.program.config
-    main = llm.config(len(vocabulary), e.layers, e.dim, 4, hidden=2 * e.dim, base=1000.0)
+    main = llm.config(len(vocabulary), e.layers, e.dim, 4, hidden=2 * e.dim, base=1000.0) if e.fresh else caption.llm
     prompt = tuple(int(i) for i in vocabulary.encode(PROMPT))
-    c = langdc.LangDCConfig(caption.vision, main, 2 * e.dim, caption=caption, clips=e.clips, prompt=prompt,
+    c = langdc.LangDCConfig(caption.vision, main, 2 * main.block.dim, caption=caption, clips=e.clips, prompt=prompt,
                             stop=vocabulary.ids["end"], max_new=NEW, layer=e.layer)  # fmt: skip
     frozen = {name: tree for name, tree in found.params.items() if name in ("vision", "projector", "llm")}
     params = {**langdc.init(c, e.seed), "caption": frozen}
@@ -113,7 +118,8 @@ def run(e: Experiment) -> dict[str, float]:
         return langdc.forward(Bound(bound.program, bound.arrays, every), soft, tokens, visual=visual)[0].logits[:, -1]
 
     mine = {name: tree for name, tree in params.items() if name != "caption"}
-    optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, e.steps), weight_decay=0.01)
+    mine |= {} if e.fresh else {"llm": frozen["llm"]}
+    optimizer = optax.adamw(optax.cosine_decay_schedule(e.lr, e.steps), weight_decay=0.01)
     state, rng = optimizer.init(mine), np.random.default_rng(e.seed)
 
     @jax.jit

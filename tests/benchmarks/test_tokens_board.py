@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.boards import budgets, latency, outcomes, ranking, scene_exam, token_page
+from benchmarks.boards.tokens import answer
 from benchmarks.tokens import Tokens, counts_of, planned
+from models.multimodal import vlm
 from train import scenes
 from train.data import SceneConfig, vlm_dataset
 
@@ -168,3 +172,34 @@ def test_every_registered_method_is_on_the_board():
     entries, unfit = planned(Tokens(budgets=(11, 50)), model)
     assert {e.method for e in entries} | {u.method for u in unfit} == {"full", *registry.names("tokens")}
     assert [e.budget for e in entries][:3] == [144, 16, 16] and model.llm.layers == 4
+
+
+def test_trained_methods_answer_with_their_own_parameters(worked, tmp_path):
+    """A run's entry differs from the checkpoint's by what it was trained to; a checkpoint without a run does not answer."""
+    from benchmarks.boards import trained
+    from models.bind import Bound
+
+    name, identity, params = worked["checkpoints"][0]
+    fresh = vlm.bind(MODEL, None, reduce={"project": "textmonkey:keep=9"}).arrays["trained"]
+    taught = jax.tree.map(lambda x: x + 0.5, fresh)
+    runs = [trained.Run("textmonkey:keep=9", Path(tmp_path / name), "a run", {**params, "sockets": parts})
+            for parts in (fresh, taught)]  # fmt: skip
+    (entry,), unfit = trained.plan(runs[:1], (18,), MODEL)
+    plain = budgets.entry("textmonkey", 18, MODEL)
+    assert entry.label == "textmonkey (trained) 18" and entry.reduce == plain.reduce and not unfit
+    assert trained.plan([dataclasses.replace(runs[0], method="dyvte:hidden=4")], (18,), MODEL)[0][0].layers == (18,) * 3
+    answered = []
+    for run in runs:
+        known = trained.by_checkpoint([run], {c[0]: tmp_path / c[0] for c in worked["checkpoints"]})
+        store = outcomes.Store(tmp_path / str(len(answered)))
+        board = scene_exam.Board(MODEL, worked["checkpoints"], worked["batches"], store, 0, 2, list, known)
+        program = scene_exam.compiled(entry, MODEL, board.params, worked["batches"][0])
+        assert [c[:2] for c in board.asked(entry)] == [(name, "a run")] and len(board.asked(plain)) == 2
+        answered.append(program.run(board.asked(entry)[0][2], worked["batches"][0], 0)[0])
+    bare = vlm.bind(MODEL, params, reduce=dict(plain.reduce))
+    batch = {x: worked["batches"][0][x] for x in scene_exam.INPUTS}
+    want = answer(*Bound(bare.program, {**bare.arrays, "trained": taught}, params), batch, jax.random.key(0))[0]
+    np.testing.assert_array_equal(answered[1], want)
+    assert (np.asarray(answered[0]) != np.asarray(answered[1])).any()
+    with pytest.raises(ValueError, match="two runs of textmonkey"):
+        trained.by_checkpoint(runs, {name: tmp_path / name})

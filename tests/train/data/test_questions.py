@@ -192,3 +192,16 @@ def test_bad_mixes_are_named(scenes, mix):
 def test_the_usual_mix_asks_every_kind(asked):
     assert {kind for kind, _ in MIX} == set(ASK)
     assert set(np.unique(asked.kind)) == set(range(len(KINDS)))
+
+
+def test_questions_come_in_turn(scenes, asked):
+    """One question of a scene at a time: the scene's own, and all kinds alike often over consecutive scenes."""
+    one, total = asked.turn(scenes.index, 1), asked.kind.shape[1]
+    assert one.questions.shape == (len(scenes), 1, asked.questions.shape[2])
+    for i, number in enumerate(scenes.index):
+        np.testing.assert_array_equal(one.questions[i, 0], asked.questions[i, number % total])
+        assert one.answers[i, 0] == asked.answers[i, number % total] and one.kind[i, 0] == asked.kind[i, number % total]
+    whole = asked.turn(scenes.index, total)
+    np.testing.assert_array_equal(np.sort(whole.answers, 1), np.sort(asked.answers, 1))
+    with pytest.raises(ValueError, match=f"questions: expected 1 to {total} of a scene, got 0"):
+        asked.turn(scenes.index, 0)
