@@ -5,9 +5,14 @@
     python -m benchmarks.kernel_report tpu --chips v5e --mesh       # cut over the four chips of a slice
     python -m benchmarks.kernel_report gpu --head-dim 64            # an H200
     python -m benchmarks.kernel_report gpu --ops flash --implementation hopper
+    python -m benchmarks.kernel_report tpu --out results/kernels    # adds its rows to kernels.json, writes kernels.md again
 
 Nothing runs: programs are compiled ahead of time from shapes (extras ``tpu-aot`` and ``gpu-aot``). A kernel that does not
 fit its chip fails here as it would there. What is compiled: ``benchmarks/kernel_cases``.
+
+Temporary memory of a program is what it holds besides its arguments and results. On TPU it is told twice: with arguments and
+results in the layout that arrays have by default, where heads are arranged before tokens by copies, and with layouts that
+the compiler is free to choose, as it is between the products of matrices of a model: then a transposition is no copy.
 """
 
 from __future__ import annotations
@@ -30,11 +35,12 @@ from benchmarks.compile_report import show, topology  # first: it prepares the e
 import jax  # isort: skip
 import tyro  # isort: skip
 from jax.experimental import topologies  # isort: skip
+from jax.experimental.layout import Format, Layout  # isort: skip
 from jax.extend import core  # isort: skip
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding  # isort: skip
 
 import pallas_kernels  # isort: skip
-from benchmarks import kernel_cases  # isort: skip
+from benchmarks import kernel_cases, kernel_page  # isort: skip
 from pallas_kernels._compat import make_mesh  # isort: skip
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -46,6 +52,8 @@ class _Report(kernel_cases.Sizes):
     """Operations to compile."""
     json: bool = False
     """Print one JSON array (bytes) instead of a table."""
+    out: str | None = None
+    """Keep the rows in OUT.json, beside those of other runs, and write all of them to OUT.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Tpu(_Report):
     """Compile the operations, forward and backward, for one device of each chip."""
 
     chips: tuple[Literal["v5e", "v5p", "v6e", "tpu7x"], ...] = tuple(CHIPS)
+    layouts: tuple[Literal["given", "free"], ...] = ("given", "free")
+    """How arguments and results lie: as arrays do by default, or as the compiler likes."""
     mesh: bool = False
     """Cut the calls over all devices of a slice, queries in halves or more and heads in two, and report one device."""
 
@@ -67,15 +77,19 @@ class Gpu(_Report):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A compiled program of an operation. ``kernels``: those that no program before it has."""
+    """A compiled program of an operation. ``kernels``: those that no program before it has. ``memory``: of the program,
+    "temp" and "temp, layouts free" as far as they were asked for."""
 
     name: str
     kernels: list
-    temp: int
+    memory: dict
     seconds: float
 
 
-def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str):
+TEMP = {"given": "temp", "free": "temp, layouts free"}
+
+
+def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str, layouts: tuple[str, ...] = ("given",)):
     """Compile the programs of an operation one by one, yielding each as ``Built``."""
     case = kernel_cases.load(op)
     floats, ints, programs = case.case(sizes, sharding, implementation)
@@ -83,8 +97,9 @@ def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str):
     if getattr(case, "DIFFERENTIABLE", False):
         forward = programs["forward"]
 
-        def backward(floats, ints, cotangents):
-            return jax.vjp(lambda f: forward(f, ints), floats)[1](cotangents)[0]
+        def backward(floats, ints, cotangents):  # the forward pass's results are results here, too, not temporaries
+            out, pull = jax.vjp(lambda f: forward(f, ints), floats)
+            return out, pull(cotangents)[0]
 
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
         calls.append(("backward", backward, (floats, ints, jax.tree.map(place, jax.eval_shape(forward, floats, ints)))))
@@ -92,7 +107,13 @@ def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str):
     for name, f, args in calls:
         start = time.perf_counter()
         traced = jax.jit(f).trace(*args)
-        compiled = traced.lower().compile()
+        memory = {}
+        for layout in layouts:
+            free = Format(Layout.AUTO, sharding)
+            chosen = {"in_shardings": free, "out_shardings": free} if layout == "free" else {}
+            found = jax.jit(f, **chosen).lower(*args).compile().memory_analysis()
+            memory |= {"arguments": found.argument_size_in_bytes, "results": found.output_size_in_bytes}
+            memory[TEMP[layout]] = found.temp_size_in_bytes
         seconds = time.perf_counter() - start
         found = {eqn.params["name"]: eqn for eqn in kernel_calls(traced.jaxpr.jaxpr)}
         if not found or not all(x.startswith(f"{op}_") for x in found):
@@ -100,7 +121,7 @@ def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str):
         # A gradient asked for alone recomputes the forward kernel; it has its row already.
         new = [eqn for x, eqn in found.items() if x not in seen]
         seen |= set(found)
-        yield Built(name, new, compiled.memory_analysis().temp_size_in_bytes, round(seconds, 1))
+        yield Built(name, new, memory, round(seconds, 1))
 
 
 def kernel_calls(jaxpr) -> list:
@@ -154,13 +175,13 @@ def report(chip: str, options: Tpu) -> list[dict]:
     rows = []
     for op in options.ops:
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            programs = list(build(op, options, whole, "tpu"))
+            programs = list(build(op, options, whole, "tpu", options.layouts))
         for built in programs:
             rows += [
                 {
                     "op": op, "chip": chip, "program": built.name, "kernel": eqn.params["name"],
                     "VMEM": vector_bytes(eqn, sharding), "SMEM": scalar_bytes(eqn), "HBM in": nbytes(eqn.invars),
-                    "HBM out": nbytes(eqn.outvars), "program temp": built.temp, "seconds": built.seconds,
+                    "HBM out": nbytes(eqn.outvars), **built.memory, "seconds": built.seconds,
                 }
                 for eqn in built.kernels
             ]  # fmt: skip
@@ -176,6 +197,8 @@ def gpu_report(options: Gpu) -> list[dict]:
         # Read when the first program is compiled.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={root} --xla_dump_to={dump}"
         os.environ |= {"MOSAIC_GPU_DUMP_TO": dump, "MOSAIC_GPU_DUMP_PTX": "1"}
+        # Mosaic asks the first ptxas it finds which PTX to write: not that of a toolkit that happens to be installed.
+        os.environ["PATH"] = f"{root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
         target = (Path(pallas_kernels.__file__).parent / "targets" / "h200.txtpb").read_text()
         chip = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
         rows = []
@@ -183,9 +206,7 @@ def gpu_report(options: Gpu) -> list[dict]:
             for built in build(op, options, SingleDeviceSharding(chip), options.implementation):
                 names = {eqn.params["name"] for eqn in built.kernels}
                 for figures in gpu_kernels(Path(dump), root, names):
-                    rows.append({
-                        "op": op, "program": built.name, **figures, "program temp": built.temp, "seconds": built.seconds
-                    })  # fmt: skip
+                    rows.append({"op": op, "program": built.name, **figures, **built.memory, "seconds": built.seconds})
                 for file in Path(dump).iterdir():
                     file.unlink()
     return rows
@@ -227,17 +248,18 @@ def main() -> None:
             kernel_cases.load(op)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    if isinstance(options, Gpu):
-        rows = gpu_report(options)
-    else:
-        rows = [row for chip in options.chips for row in report(chip, options)]
+    gpu = isinstance(options, Gpu)
+    rows = []
+    for part in [options] if gpu else [dataclasses.replace(options, chips=(chip,)) for chip in options.chips]:
+        found = gpu_report(part) if gpu else report(part.chips[0], part)
+        rows += found
+        if options.out:
+            kernel_page.keep(Path(options.out), "gpu" if gpu else "tpu", part, found)
     if options.json:
         print(json.dumps(rows))
         return
-    kib, mib = (lambda x: f"{x / 2**10:,.0f} KiB"), (lambda x: f"{x / 2**20:,.0f} MiB")
-    unit = {"VMEM": kib, "SMEM": kib, "shared memory": kib, "HBM in": mib, "HBM out": mib, "program temp": mib}
     columns = tuple(rows[0])
-    show(columns, [tuple(unit.get(x, str)(row[x]) for x in columns) for row in rows])
+    show(columns, [tuple(kernel_page.text(x, row[x]) for x in columns) for row in rows])
 
 
 if __name__ == "__main__":

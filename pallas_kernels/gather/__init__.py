@@ -20,8 +20,9 @@ Returns ``(out [B, N, H, Dv] in v's dtype, lse float32 [B, N, H], sums)``; rows 
 is None or, as ``options.sums`` asks, the probabilities in list order: float32 [B, H, N, K * unit] ("heads") or summed over
 the query heads of a kv head [B, G, N, K * unit] ("kv"); ``received`` adds them up per key. Gradients flow to q, k, v,
 key_bias and log_weight from out and lse; sums, positions and frequencies carry none. Entries beyond ``count`` and
-indices outside the keys are ignored, a unit listed twice counts once, and lists may be empty (K = 0 too). What listed slots
-hold that ``k_valid`` hides does not matter to "xla"; elsewhere keys and values must be finite, hidden ones too.
+indices outside the keys are ignored, a unit listed twice counts once, and lists may be empty (K = 0 too). A NaN or infinity
+in a key or its value makes the rows that see it NaN and reaches no others; what is hidden (invalid, outside a live range,
+masked) may hold anything.
 
 Implementations: "reference" (the full table), "xla" (everything, every backend), "tpu" and "gpu" (Pallas kernels for
 float32 and bfloat16). Keys are read heads first: a cache stored [B, G, M, D] is passed transposed at no cost.
@@ -93,7 +94,8 @@ def gather(operands: dict, options: Options, implementation: str | None = None, 
     if "index" in operands:
         if "pos" in operands and operands["index"].shape[3] == 0:
             operands["pos"] = jnp.pad(operands["pos"], [(0, 0)] * 3 + [(0, 1)])
-        operands = units.clean(operands, options)
+        if not options.distinct or operands["index"].shape[3] == 0:  # else nothing to mark: bodies look at every entry
+            operands = units.clean(operands, options)
 
     def refusal(name: str) -> str | None:
         return lists.unsupported(operands, options, name)

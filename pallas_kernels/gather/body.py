@@ -48,7 +48,7 @@ def _rows(o: dict, opt, s: Shape, body: Body, add) -> dict:
     rows = {"q": lists.arrange(o["q"], s), "add": add, "turn": lists.turns(o, s)}
     if not s.full:
         rows |= {"index": lists.heads(o["index"], s), "count": jnp.clip(lists.heads(o["count"], s), 0, s.entries)}
-        if o.get("k_valid") is not None:
+        if o.get("k_valid") is not None or o.get("bounds") is not None:
             rows["usable"] = lists.usable(o, s)
     if rows["turn"] is not None:
         rows["freqs"] = o["freqs"]
@@ -75,7 +75,7 @@ def _forward(o: dict, opt, body: Body):
         out, lse, logits = body.forward(c, opt, _rows(here, opt, c, body, add), keys)
         found = {"out": lists.restore(out, c).astype(o["v"].dtype), "lse": lists.restore(lse, c)}
         if opt.sums is not None:
-            some = jnp.isfinite(lse)
+            some = lse != -jnp.inf
             p = jnp.where(some[..., None], jnp.exp(logits - jnp.where(some, lse, 0.0)[..., None]), 0.0)
             p = p.sum(2, keepdims=True) if opt.sums == "kv" else p
             found["sums"] = p.reshape(s.b, -1, c.n, s.length)
@@ -91,12 +91,7 @@ def _forward(o: dict, opt, body: Body):
 
 def _backward(o: dict, opt, body: Body, out, lse, d_out, d_lse):
     acc = lse.dtype
-    # rows that see nothing have no visible key, so a finite stand-in is enough
-    o = o | {
-        "do": d_out,
-        "lse": jnp.where(jnp.isfinite(lse), lse, 0.0),
-        "delta": jnp.sum(d_out.astype(acc) * out.astype(acc), -1) - jnp.where(jnp.isfinite(lse), d_lse, 0.0),
-    }
+    o = o | {"do": d_out, "out": out, "lse": lse, "d_lse": d_lse}
     s, cut = _chunks(o, opt, body)
     keys = body.keys(o, opt, s)
     weights = [name for name in WEIGHTS if name in o]
@@ -107,7 +102,10 @@ def _backward(o: dict, opt, body: Body, out, lse, d_out, d_lse):
         c = lists.shape_of(here, opt)
         table = lambda w: lists.additions(here | w, opt, c, lists=body.tables)  # noqa: E731
         add, pull = jax.vjp(table, {name: here[name] for name in weights})
-        rows = _rows(here, opt, c, body, add) | {x: lists.arrange(here[x], c) for x in ("do", "lse", "delta")}
+        delta = jnp.sum(here["do"].astype(acc) * here["out"].astype(acc), -1)
+        some = here["lse"] != -jnp.inf  # a row that sees nothing has no visible key: a finite stand-in is enough
+        sums = {"lse": jnp.where(some, here["lse"], 0.0), "delta": delta - jnp.where(some, here["d_lse"], 0.0)}
+        rows = _rows(here, opt, c, body, add) | {x: lists.arrange(a, c) for x, a in {"do": here["do"], **sums}.items()}
         dq, d_add, totals["keys"] = body.backward(c, opt, rows, keys, totals["keys"], bool(weights))
         grads = {"q": lists.restore(dq, c).astype(here["q"].dtype)}
         if weights:

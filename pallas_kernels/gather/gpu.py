@@ -168,6 +168,17 @@ def _turn(k, sides):
     return (k.astype(jnp.float32) * cos + dot(k, pairing.astype(k.dtype), NN) * sin).astype(k.dtype)
 
 
+def _clean(r: dict, k, v):
+    """(k, v, bool [step]) with zeros where a key or its value is not finite, and where that was; (k, v, None) where no key
+    is hidden from a row that reads it."""
+    if "add" not in r:
+        return k, v, None
+    wrong = [jnp.where(jnp.abs(x.astype(jnp.float32)) < jnp.inf, 0.0, 1.0).max(1) for x in (k, v)]
+    odd = jnp.maximum(*wrong) > 0
+    keep = lambda x: jnp.where(odd[:, None], 0.0, x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
+    return keep(k), keep(v), odd
+
+
 def _forward_kernel(p: Plan, opt, names, *refs):
     r = dict(zip(names, refs, strict=True))
     s, at = p.s, _Program(p, r)
@@ -177,17 +188,16 @@ def _forward_kernel(p: Plan, opt, names, *refs):
     def body(j, carry):
         top, mass, total = carry
         place, slot, used = at.keys(j, live)
-        k = at.load_keys("k", slot, used, s.d)
+        k, v, odd = _clean(r, at.load_keys("k", slot, used, s.d), at.load_keys("v", slot, used, s.dv))
         if "turn" in r:
             k = _turn(k, at.turned(place, used))
         x = dot(q, k, NT) * opt.scale
         if "add" in r:
-            x = x + at.add(place, used)
+            x = lists.added(x, at.add(place, used), odd[None, :])
         x = jnp.where(used[None, :], x, -jnp.inf)
         if p.logits:
             where = (at.b, at.head[:, None], at.n[:, None], place[None, :])
             plt.store(r["logits"].at[*where], x, mask=at.real[:, None] & (place < live)[None, :])
-        v = at.load_keys("v", slot, used, s.dv)
         new = jnp.maximum(top, x.max(-1))
         safe = jnp.where(new > -jnp.inf, new, 0.0)
         e = jnp.exp(x - safe[:, None])
@@ -196,7 +206,7 @@ def _forward_kernel(p: Plan, opt, names, *refs):
 
     init = jnp.full((p.rows,), -jnp.inf, jnp.float32), jnp.zeros((p.rows,), jnp.float32)
     top, mass, total = lax.fori_loop(first, last, body, (*init, jnp.zeros((p.rows, _power(s.dv)), jnp.float32)))
-    some = mass > 0
+    some = mass != 0
     safe = jnp.where(some, mass, 1.0)
     lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(safe), -jnp.inf)
     _store_rows(at, "out", total / safe[:, None], s.dv)
@@ -221,15 +231,15 @@ def _backward_kernel(p: Plan, opt, names, *refs):
 
     def body(j, dq):
         place, slot, used = at.keys(j, live)
-        k = at.load_keys("k", slot, used, s.d)
+        k, v, odd = _clean(r, at.load_keys("k", slot, used, s.d), at.load_keys("v", slot, used, s.dv))
         sides = at.turned(place, used) if "turn" in r else None
         k = k if sides is None else _turn(k, sides)
-        v = at.load_keys("v", slot, used, s.dv)
         x = dot(q, k, NT) * opt.scale
         if "add" in r:
-            x = x + at.add(place, used)
-        prob = jnp.exp(jnp.where(used[None, :] & at.real[:, None], x, -jnp.inf) - lse[:, None])
-        ds = prob * (dot(do, v, NT) - delta[:, None])
+            x = lists.added(x, at.add(place, used), odd[None, :])
+        hidden = (x == -jnp.inf) | ~(used[None, :] & at.real[:, None])
+        prob = jnp.where(hidden, 0.0, jnp.exp(x - lse[:, None]))
+        ds = jnp.where(hidden, 0.0, prob * (dot(do, v, NT) - delta[:, None]))
         if "d_add" in r:
             where = (at.b, at.head[:, None], at.n[:, None], place[None, :])
             plt.store(r["d_add"].at[*where], ds, mask=at.real[:, None] & (place < live)[None, :])
@@ -316,7 +326,7 @@ def merge_parts(out, lse):
     safe = jnp.where(top > -jnp.inf, top, 0.0)
     share = jnp.exp(lse - safe)
     mass = share.sum(0)
-    some = mass > 0
+    some = mass != 0
     mass = jnp.where(some, mass, 1.0)
     return (out * share[..., None]).sum(0) / mass[..., None], jnp.where(some, safe + jnp.log(mass), -jnp.inf)
 

@@ -118,9 +118,7 @@ def additions(o: dict, opt, s: Shape, *, lists: bool):
     if o.get("k_valid") is not None:
         ok = ok & _at(_facts(o["k_valid"], s), key)
     if o.get("bounds") is not None:
-        edges, offset = heads(o["bounds"], s), jnp.arange(s.unit)
-        inside = (offset >= edges[..., :1]) & (offset < edges[..., 1:])
-        ok = ok & inside.reshape(*inside.shape[:4], 1, -1)
+        ok = ok & _inside(o, s)[:, :, :, :, None]
     if opt.mask is not None:
         rows = {name: _field(x, s) for name, x in o["q_fields"].items()}
         keys = {name: _at(_facts(x, s), key) for name, x in o["k_fields"].items()}
@@ -134,10 +132,31 @@ def additions(o: dict, opt, s: Shape, *, lists: bool):
     return jnp.broadcast_to(extra, (*extra.shape[:5], s.length))
 
 
+def _inside(o: dict, s: Shape):
+    """bool [b', g', r', rows, L]: keys in the live range of their unit."""
+    edges, offset = heads(o["bounds"], s), jnp.arange(s.unit)
+    inside = (offset >= edges[..., :1]) & (offset < edges[..., 1:])
+    return inside.reshape(*inside.shape[:4], -1)
+
+
 def usable(o: dict, s: Shape):
-    """bool [b', g', r', rows, L]: listed keys that are in use and valid."""
-    key, live = listed_slots(o, s)
-    return live & _at(_facts(o["k_valid"], s), key)[:, :, :, :, 0] if o.get("k_valid") is not None else live
+    """bool [b', g', r', rows, L]: listed keys that are in use, valid and in the live range of their unit."""
+    key, ok = listed_slots(o, s)
+    if o.get("k_valid") is not None:
+        ok = ok & _at(_facts(o["k_valid"], s), key)[:, :, :, :, 0]
+    return ok if o.get("bounds") is None else ok & _inside(o, s)
+
+
+def clean(k, v):
+    """(k, v, bool [...]) with zeros where a key or its value [..., D] is not finite, and where that was: a hidden NaN must
+    not reach a sum, 0 x NaN is NaN."""
+    odd = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
+    return *(jnp.where(odd[..., None], 0, x) for x in (k, v)), odd
+
+
+def added(x, add, odd):
+    """Logits with the table of additions; NaN where the key is ``odd`` and seen, -inf where it is hidden."""
+    return jnp.where(add == -jnp.inf, -jnp.inf, jnp.where(odd, jnp.nan, x + add))
 
 
 def turns(o: dict, s: Shape):
@@ -176,7 +195,7 @@ def chunked(o: dict, s: Shape, size: int) -> dict:
         x = jnp.pad(x, [(0, chunks * size - s.n)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
         return jnp.moveaxis(x, 1, axis + 1)
 
-    out = {x: cut(o[x], 1) for x in ("q", "do", "lse", "delta") if x in o}
+    out = {x: cut(o[x], 1) for x in ("q", "do", "out", "lse", "d_lse") if x in o}
     if s.rows > 1:
         out |= {x: cut(o[x], axis) for x, axis in BY_ROW.items() if o.get(x) is not None}
     if o.get("q_fields"):

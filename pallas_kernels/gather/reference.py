@@ -40,6 +40,7 @@ def gather(o: dict, opt):
     (b, n, h, d), (m, g) = q.shape, o["k"].shape[1:3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     k, v = (jnp.repeat(jnp.moveaxis(o[x].astype(acc), 2, 1), h // g, axis=1) for x in ("k", "v"))  # [b, H, M, D]
+    k, v, odd = lists.clean(k, v)
     k = jnp.broadcast_to(k[:, :, None], (b, h, n, m, d))
     listed = jnp.ones((1, 1, 1, m), bool)
     weight = angle = 0.0
@@ -59,6 +60,7 @@ def gather(o: dict, opt):
     s = jnp.einsum("bnhd,bhnmd->bhnm", q.astype(acc), k, precision="highest") * opt.scale + weight
     if o.get("key_bias") is not None:
         s = s + _per_head(jnp.moveaxis(o["key_bias"], 2, 1), h)[:, :, None]
+    s = jnp.where(odd[:, :, None], jnp.nan, s)
     seen = jnp.broadcast_to(listed, s.shape)
     if o.get("k_valid") is not None:
         seen = seen & _per_head(o["k_valid"], h)[:, :, None]
@@ -71,7 +73,7 @@ def gather(o: dict, opt):
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - top), 0.0)
     mass = p.sum(-1, keepdims=True)
-    some = mass > 0
+    some = mass != 0
     p = p / jnp.where(some, mass, 1.0)
     lse = jnp.where(some, jnp.log(jnp.where(some, mass, 1.0)) + top, -jnp.inf)
     out = jnp.einsum("bhnm,bhme->bnhe", p, jnp.broadcast_to(v, (b, *v.shape[1:])), precision="highest")

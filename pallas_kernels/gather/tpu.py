@@ -102,7 +102,7 @@ def _tables(p: Plan, rows: dict) -> dict:
     if "add" in rows:
         add = _pad(_pair(rows["add"]), 4, _length(p), -jnp.inf)
         tile = p.tile if add.shape[3] > 1 else 1
-        out["add"] = _pad(add[:, :, 0], 2, tile) if s.rows == 1 else _every_row(add[:, :, :, 0], s)
+        out["add"] = _pad(add[:, :, 0], 2, tile, -jnp.inf) if s.rows == 1 else _every_row(add[:, :, :, 0], s)
     if "turn" in rows:
         turn = _pad(_pair(rows["turn"]), 3, _length(p))
         out["turn"] = turn if s.rows == 1 else _every_row(turn, s)

@@ -10,6 +10,7 @@ units behind the keys, one for each place, so that no two copies of a step meet.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,9 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash.pairs import NN, NT, dot
 from pallas_kernels.gather import rotary
-from pallas_kernels.gather.lists import Shape
+from pallas_kernels.gather.lists import Shape, added
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 TN = ((0,), (0,))
 
 
@@ -120,15 +121,28 @@ class _Keys:
         return tuple(lax.bitcast_convert_type(x, jnp.float32).astype(jnp.bfloat16) for x in both)
 
 
+def _clean(p: Plan, r: dict, k, v):
+    """(k, v, [1, width]) with zeros where a key or its value is not finite, and more than 0 where that was; (k, v, None)
+    where no key is hidden from a row that reads it."""
+    if "add" not in r:
+        return k, v, None
+    wide = [x.astype(jnp.float32) for x in (k, v)]
+    wrong = [jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0) for x in wide]
+    column = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in wrong))
+    ones = lambda x: jnp.ones((SUBLANES, x.shape[1]), jnp.float32)  # noqa: E731
+    odd = sum(lax.dot_general(ones(x), x, (NT, ((), ())), preferred_element_type=jnp.float32)[:1] for x in wrong)
+    return *(jnp.where(column > 0, 0.0, x).astype(k.dtype) for x in wide), odd
+
+
 def over_steps(p: Plan, r: dict, b, g, body) -> None:
-    """Run ``body(t, j, k, v)`` for each list ``t`` of this grid step and each loop step ``j`` of its stretch."""
+    """Run ``body(t, j, k, v, odd)`` for each list ``t`` of this grid step and each loop step ``j`` of its stretch."""
     stretch = pl.program_id(3)
     if p.s.full:
         k, v = r["k"][...], r["v"][...]
         if p.s.m % p.width:  # the last block reaches past the keys
             left = p.s.m - stretch * p.width
             k, v = (jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, 0) for x in (k, v))
-        body(0, 0, k, v)
+        body(0, 0, *_clean(p, r, k, v))
         return
     keys = _Keys(p, r, b, g, stretch)
 
@@ -148,7 +162,7 @@ def over_steps(p: Plan, r: dict, b, g, body) -> None:
                 keys.start(t, j + 1, 1 - slot)
 
             keys.wait(slot)
-            body(t, j, *keys.read(slot))
+            body(t, j, *_clean(p, r, *keys.read(slot)))
             return 0
 
         return lax.fori_loop(0, steps, step, 0)
@@ -192,9 +206,10 @@ def _turn(k, sides):
     return (k.astype(jnp.float32) * cos + dot(k, pairing.astype(k.dtype), NN) * sin).astype(k.dtype)
 
 
-def _logits(p: Plan, opt, r: dict, t, j, k):
+def _logits(p: Plan, opt, r: dict, t, j, k, odd):
     x = dot(r["q"][t], k, NT) * opt.scale
-    x = x + _add(p, r, t, j) if "add" in r else x
+    if "add" in r:
+        x = added(x, jnp.broadcast_to(_add(p, r, t, j), x.shape), jnp.broadcast_to(odd, x.shape) > 0)
     if p.s.full and p.s.m % p.width:
         left = p.s.m - pl.program_id(3) * p.width
         x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < left, x, -jnp.inf)
@@ -218,10 +233,10 @@ def forward_kernel(p: Plan, opt, names, *refs):
     if "logits" in r:
         r["logits"][...] = jnp.full_like(r["logits"], -jnp.inf)
 
-    def body(t, j, k, v):
+    def body(t, j, k, v, odd):
         if "turn" in r:
             k = _turn(k, _turn_sides(p, r, t, j))
-        x = _logits(p, opt, r, t, j, k)
+        x = _logits(p, opt, r, t, j, k, odd)
         if "logits" in r:
             r["logits"][t, :, _lanes(p, j)] = x
         top = r["top"][t][:, :1]
@@ -239,7 +254,7 @@ def forward_kernel(p: Plan, opt, names, *refs):
     @pl.when(stretch == p.stretches - 1)
     def _():
         top, mass = r["top"][...][:, :, :1], r["mass"][...][:, :, :1]
-        some = mass > 0
+        some = mass != 0
         safe = jnp.where(some, mass, 1.0)
         r["out"][...] = (r["total"][...] / safe).astype(r["out"].dtype)
         r["lse"][...] = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(safe), -jnp.inf)
@@ -279,13 +294,14 @@ def backward_kernel(p: Plan, opt, names, *refs):
                 for x, d in grads.items():
                     r["+" + x][...] += d.reshape(r["+" + x].shape)
 
-    def body(t, j, k, v):
+    def body(t, j, k, v, odd):
         sides = _turn_sides(p, r, t, j) if "turn" in r else None
         k = k if sides is None else _turn(k, sides)
         q, do = r["q"][t], r["do"][t]
-        x = _logits(p, opt, r, t, j, k)
-        prob = jnp.exp(x - r["lse"][t])
-        ds = prob * (dot(do, v, NT) - r["delta"][t])
+        x = _logits(p, opt, r, t, j, k, odd)
+        hidden = x == -jnp.inf
+        prob = jnp.where(hidden, 0.0, jnp.exp(x - r["lse"][t]))
+        ds = jnp.where(hidden, 0.0, prob * (dot(do, v, NT) - r["delta"][t]))
         if "d_add" in r:
             if r["d_add"].shape[0] == p.tile and p.tile > 1:
                 found = sum(ds[i * p.tile : (i + 1) * p.tile] for i in range(p.pack))

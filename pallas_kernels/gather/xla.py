@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash import xla as tiles
-from pallas_kernels.gather import rotary
+from pallas_kernels.gather import lists, rotary
 from pallas_kernels.gather.body import Body, heads_first, run
 from pallas_kernels.gather.lists import Shape
 
@@ -55,6 +55,12 @@ def _fetch(x, index, usable, s: Shape):
     return found if usable is None else jnp.where(usable[..., None], found, 0)
 
 
+def _fetched(s: Shape, opt, rows: dict, keys: dict, listed):
+    """(k, v, odd or None) of some entries."""
+    k, v = (_fetch(keys[x], *listed, s) for x in ("k", "v"))
+    return lists.clean(k, v) if _hides(s, opt, rows) else (k, v, None)
+
+
 def _put(total, index, grad, s: Shape):
     """Add ``grad`` (shaped as ``_fetch`` returned it) to the listed units of ``total``."""
     index = jnp.clip(index, 0, s.units - 1).reshape(*index.shape[:3], -1)
@@ -65,12 +71,19 @@ def _put(total, index, grad, s: Shape):
     return tiles._put(total[:, :, None], index, grad)[:, :, 0]
 
 
-def _logits(q, k, add, turn, freqs, opt, acc):
-    """[b, g, r, rows, tile, L]."""
+def _hides(s: Shape, opt, rows: dict) -> bool:
+    """Whether keys that were fetched may be hidden from a row; what no row may read of a list is not fetched."""
+    return "add" in rows and (s.full or opt.mask is not None)
+
+
+def _logits(q, k, add, turn, freqs, opt, acc, odd=None):
+    """[b, g, r, rows, tile, L]. ``odd`` [b, g, 1|r, rows, L] of ``lists.clean``, where keys may be hidden."""
     if turn is not None:
         k = rotary.turn(k, turn, freqs, opt.rope_layout, opt.rope_scale)
     s = _dot("bgrqtd,bgxqld->bgrqtl" if k.shape[2] == 1 else "bgrqtd,bgrqld->bgrqtl", q, k, acc) * opt.scale
-    return s if add is None else s + add.astype(acc)
+    if add is None:
+        return s
+    return s + add.astype(acc) if odd is None else lists.added(s, add.astype(acc), odd[:, :, :, :, None])
 
 
 def _weighted(p, v, acc):
@@ -111,7 +124,7 @@ def _over_steps(s: Shape, rows: dict, body, carry):
 
 
 def _finish(top, mass, total):
-    some = mass > 0
+    some = mass != 0
     safe = jnp.where(some, mass, 1.0)
     lse = jnp.where(some, jnp.where(some, top, 0.0) + jnp.log(safe), -jnp.inf)
     return total / safe[..., None], lse
@@ -129,16 +142,17 @@ def _forward(s: Shape, opt, rows: dict, keys: dict):
     acc = jnp.promote_types(q.dtype, jnp.float32)
     if s.full:
         return _forward_full(s, opt, rows, keys, acc)
-    turn_of = functools.partial(_logits, freqs=rows.get("freqs"), opt=opt, acc=acc)
+    logits_of = functools.partial(_logits, freqs=rows.get("freqs"), opt=opt, acc=acc)
 
     def body(first, listed, add, turn, carry):
         top, mass, total, logits = carry
-        x = turn_of(q, _fetch(keys["k"], *listed, s), add, turn)
+        k, v, odd = _fetched(s, opt, rows, keys, listed)
+        x = logits_of(q, k, add, turn, odd=odd)
         new_top, e, new_mass = _softmax(x)
         new = jnp.maximum(top, new_top)
         safe = jnp.where(new > -jnp.inf, new, 0.0)
         old, fresh = jnp.exp(top - safe), jnp.exp(new_top - safe)
-        out = _weighted(e, _fetch(keys["v"], *listed, s), acc)
+        out = _weighted(e, v, acc)
         if logits is not None:
             logits = lax.dynamic_update_slice_in_dim(logits, x, first * s.unit, 5)
         return new, mass * old + new_mass * fresh, total * old[..., None] + out * fresh[..., None], logits
@@ -162,14 +176,16 @@ def _forward_full(s: Shape, opt, rows: dict, keys: dict, acc):
     cut = lambda x: x.reshape(*x.shape[:2], c, s.m // c, x.shape[3])  # noqa: E731
     by_part = lambda x: x.reshape(*x.shape[:-1], c, s.m // c)  # noqa: E731
     q = rows["q"][:, :, :, 0]  # [b, g, r, t, D]
-    k, v = cut(keys["k"]), cut(keys["v"])
+    k, v, odd = lists.clean(keys["k"], keys["v"]) if _hides(s, opt, rows) else (keys["k"], keys["v"], None)
+    k, v = cut(k), cut(v)
     if "turn" in rows:
         angle = by_part(rows["turn"][:, :, 0, 0])
         k = rotary.turn(k, angle, rows["freqs"], opt.rope_layout, opt.rope_scale)
     x = _dot("bgrtd,bgcld->bgcrtl", q, k, acc) * opt.scale
     if "add" in rows:
         add = by_part(rows["add"][:, :, :, 0])  # [b', g', r', t', c, l]
-        x = x + jnp.moveaxis(add, 4, 2).astype(acc)
+        odd = odd.reshape(*odd.shape[:2], c, s.m // c)[:, :, :, None, None]
+        x = lists.added(x, jnp.moveaxis(add, 4, 2).astype(acc), odd)
     top, e, mass = _softmax(x)
     total = _dot("bgcrtl,bgcld->bgcrtd", e.astype(v.dtype), v, acc)
     best = top.max(2, keepdims=True)
@@ -197,14 +213,15 @@ def _finish_totals(o: dict, s: Shape, totals: dict):
     return tuple(jnp.moveaxis(flat(totals[x]), 1, 2) for x in ("k", "v"))
 
 
-def _gradient(s: Shape, opt, rows: dict, k, v, add, turn, acc):
+def _gradient(s: Shape, opt, rows: dict, k, v, odd, add, turn, acc):
     """Gradients of q, k, v and the additions of some listed keys."""
-    f = functools.partial(_logits, turn=turn, freqs=rows.get("freqs"), opt=opt, acc=acc)
+    f = functools.partial(_logits, turn=turn, freqs=rows.get("freqs"), opt=opt, acc=acc, odd=odd)
     x, pull = jax.vjp(f, rows["q"], k, add) if add is not None else jax.vjp(lambda q, k: f(q, k, None), rows["q"], k)
-    p = jnp.exp(x - rows["lse"][..., None])
+    hidden = x == -jnp.inf  # selected after the arithmetic: what a hidden pair holds, NaN too, goes nowhere
+    p = jnp.where(hidden, 0.0, jnp.exp(x - rows["lse"][..., None]))
     shared = v.shape[2] == 1
     dp = _dot("bgrqtd,bgxqld->bgrqtl" if shared else "bgrqtd,bgrqld->bgrqtl", rows["do"], v, acc)
-    ds = p * (dp - rows["delta"][..., None])
+    ds = jnp.where(hidden, 0.0, p * (dp - rows["delta"][..., None]))
     dq, dk, *d_add = pull(ds.astype(x.dtype))
     _, pull_v = jax.vjp(lambda v: _weighted(p, v, acc), v)
     return dq.astype(acc), dk, pull_v(rows["do"].astype(acc))[0], d_add[0] if d_add else None
@@ -213,16 +230,17 @@ def _gradient(s: Shape, opt, rows: dict, k, v, add, turn, acc):
 def _backward(s: Shape, opt, rows: dict, keys: dict, totals: dict, wants: bool):
     acc = totals["k"].dtype
     if s.full:
-        whole = lambda x: x[:, :, None, None]  # noqa: E731
-        add = rows.get("add")
-        dq, dk, dv, d_add = _gradient(s, opt, rows, whole(keys["k"]), whole(keys["v"]), add, rows.get("turn"), acc)
+        k, v, odd = keys["k"][:, :, None, None], keys["v"][:, :, None, None], None
+        if _hides(s, opt, rows):
+            k, v, odd = lists.clean(k, v)
+        dq, dk, dv, d_add = _gradient(s, opt, rows, k, v, odd, rows.get("add"), rows.get("turn"), acc)
         totals = {"k": totals["k"] + dk[:, :, 0, 0].astype(acc), "v": totals["v"] + dv[:, :, 0, 0].astype(acc)}
         return dq, d_add, totals
 
     def body(first, listed, add, turn, carry):
         dq, d_add, totals = carry
-        k, v = _fetch(keys["k"], *listed, s), _fetch(keys["v"], *listed, s)
-        more, dk, dv, d = _gradient(s, opt, rows, k, v, add, turn, acc)
+        k, v, odd = _fetched(s, opt, rows, keys, listed)
+        more, dk, dv, d = _gradient(s, opt, rows, k, v, odd, add, turn, acc)
         totals = {x: _put(totals[x], listed[0], g.astype(acc), s) for x, g in (("k", dk), ("v", dv))}
         if wants:
             d_add = lax.dynamic_update_slice_in_dim(d_add, d.astype(acc), first * s.unit, 5)

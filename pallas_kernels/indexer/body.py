@@ -79,6 +79,7 @@ class Forward:
 
     call: Callable
     interpret: object
+    ascending: bool
 
     def __call__(self, o, opt):
         return folding(lambda b, o: self._run(o, opt), o["q"].shape[0])(o)
@@ -93,11 +94,12 @@ class Forward:
         run = functools.partial(self.call, opt, names, interpret=self.interpret)
         reach = functools.partial(xla.reach, opt, q_side, k_side)
         index, values = run(arrays, reach)
-        return reference.ascending(index, values, k.shape[2])
+        return (reference.counted if self.ascending else reference.ascending)(index, values, k.shape[2])
 
 
-def select(call: Callable, o: dict, opt, interpret):
-    return xla.differentiable(*xla.divide(o), opt, Forward(call, interpret))
+def select(call: Callable, o: dict, opt, interpret, ascending: bool = False):
+    """``ascending``: the kernel's entries come in the order of their index, unused ones last."""
+    return xla.differentiable(*xla.divide(o), opt, Forward(call, interpret, ascending))
 
 
 def pad(x, axis: int, size: int, value=0):

@@ -40,10 +40,11 @@ def _block(n: int, heads: int, units: int, float32: bool) -> int:
 
 
 def _kernel(opt, names, heads: int, kept: int, *refs):
-    weighted = len(refs) == 17
-    q, q_facts, span, *refs = refs
+    weighted = len(refs) == 18
+    q_by_head, q_facts, span, *refs = refs
     weight, *refs = refs if weighted else (None, *refs)
-    k, k_facts, index, values, scores, top, low, high, cut, rank, k_buffer, fact_buffer, sem = refs
+    k, k_facts, index, values, scores, top, low, high, cut, rank, k_buffer, fact_buffer, q, sem = refs
+    q[...] = q_by_head[...].astype(jnp.float32).reshape(q.shape).astype(q.dtype)  # 8 rows of bfloat16 are half a tile
     rows = q.shape[0] // heads
     start, stop = span[0, 0], span[0, 1]
     runs = CHUNK // LANES
@@ -230,7 +231,7 @@ def _call(opt, names, arrays: dict, reach, *, interpret):
         x = body.pad(x, axis, blocks * rows)
         return x.reshape(*x.shape[:axis], blocks, rows, *x.shape[axis + 1 :])
 
-    q = jnp.swapaxes(by_block(body.pad(arrays["q"], 4, width), 3), 2, 3).reshape(b, lists, blocks, heads * rows, width)
+    q = by_block(body.pad(arrays["q"], 4, width), 3)  # no copy where heads come first: a block takes its rows of each
     q_facts = body.pad(jnp.swapaxes(by_block(arrays["q_facts"], 3), 2, 3), 4, lanes)
     span = reach(rows, CHUNK)[:, :, :, None]
     given = {"q": q, "q_facts": q_facts, "span": span}
@@ -241,8 +242,10 @@ def _call(opt, names, arrays: dict, reach, *, interpret):
     k_facts = body.pad(arrays["k_facts"], 3, long)
 
     def spec(x, memory=pltpu.VMEM):
-        at = lambda b, h, i: (b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0, i, 0, 0)  # noqa: E731
-        return pl.BlockSpec((None, None, None, *x.shape[3:]), at, memory_space=memory)
+        apart = x.shape[2:-3]  # the heads of q
+        first = lambda b, h: (b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0, *(0 for _ in apart))  # noqa: E731
+        at = lambda b, h, i: (*first(b, h), i, 0, 0)  # noqa: E731
+        return pl.BlockSpec((None, None, *apart, None, *x.shape[-2:]), at, memory_space=memory)
 
     out = pl.BlockSpec((None, None, None, places // LANES, rows, LANES), lambda b, h, i: (b, h, i, 0, 0, 0))
     shape = b, lists, blocks, places // LANES, rows, LANES
@@ -256,7 +259,7 @@ def _call(opt, names, arrays: dict, reach, *, interpret):
         scratch_shapes=[
             pltpu.VMEM((long // LANES, rows, LANES), jnp.float32), *by_lane,
             pltpu.VMEM((2, CHUNK, width), k.dtype), pltpu.VMEM((2, k_facts.shape[2], CHUNK), jnp.int32),
-            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.VMEM((heads * rows, width), q.dtype), pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=params(("parallel", "parallel", "arbitrary")),
         name="indexer_select",
@@ -271,4 +274,4 @@ def _call(opt, names, arrays: dict, reach, *, interpret):
 
 def select(o: dict, opt, interpret=False):
     """``interpret``: a ``pltpu.InterpretParams`` to run the kernel on a CPU."""
-    return body.select(_call, o, opt, interpret)
+    return body.select(_call, o, opt, interpret, ascending=True)

@@ -88,3 +88,26 @@ CALLS = {
         n=9, m=33, h=4, g=2, hs=2, own=True, k=7, mask=masks.causal(), log_weight=True, rope="half", key_bias=4
     ),
 }
+
+
+def check_hidden(rng, body, lists: bool):
+    """What no row sees (invalid, masked) may hold NaN: values and gradients are those of the reference, and those without
+    it. A NaN that one of two rows sees stays with that row."""
+    o, opt = call(rng, n=2, m=24, h=2, g=1, unit=8, k=2 if lists else None, count=2, mask=masks.causal(), dv=4)
+    pos = jnp.arange(24).at[3].set(99)  # behind both queries
+    o["k_fields"], o["k_valid"] = {"pos": pos[None].astype(jnp.int32)}, (jnp.arange(24) != 5)[None]
+    o["index"] = jnp.array([[[[0, 2]]]], jnp.int32)
+    if not lists:
+        del o["index"]
+    spoiled = o | {
+        "k": o["k"].at[:, 5].set(jnp.nan).at[:, 3, :, 1].set(jnp.inf),
+        "v": o["v"].at[:, jnp.array([3, 5])].set(jnp.nan),
+    }
+    compare(body, spoiled, opt, 1e-5)
+    run = jax.jit(lambda o: body(o, opt)[:2])
+    want = jax.jit(lambda o: reference.gather(o, opt)[:2])(o)
+    for x, y in zip(want, run(spoiled), strict=True):
+        np.testing.assert_allclose(y, x, atol=1e-5)
+    out, lse = run(spoiled | {"v": spoiled["v"].at[:, 23].set(jnp.nan)})  # seen by the second query
+    assert jnp.isnan(out[:, 1]).all() and jnp.isnan(lse[:, 1]).all()
+    np.testing.assert_allclose(out[:, 0], want[0][:, 0], atol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.gather import gpu
-from tests.pallas_kernels.gather.calls import CALLS, call, compare
+from tests.pallas_kernels.gather.calls import CALLS, call, check_hidden, compare
 
 
 @pytest.mark.parametrize("name", list(CALLS)[1::2])  # among them pages of a pool, interleaved turns, own lists
@@ -24,6 +24,10 @@ def test_parts_of_a_list_are_one_softmax(rng, monkeypatch):
     o, opt = call(rng, n=1, m=400, b=2, h=2, g=1, unit=16, k=20, sums="heads", key_bias=2)
     assert gpu._plan(gpu.lists.shape_of(o, opt), opt, {"q": o["q"]}, gpu.FORWARD).parts == 3
     compare(lambda o, opt: gpu.gather(o, opt, interpret=True), o, opt, 1e-5)
+
+
+def test_what_is_hidden_may_hold_anything(rng):
+    check_hidden(rng, lambda o, opt: gpu.gather(o, opt, interpret=True), lists=True)
 
 
 @pytest.mark.skipif(

@@ -5,7 +5,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxattn.core import mask as masks
 from pallas_kernels import gather as op
 from pallas_kernels.gather import tpu
-from tests.pallas_kernels.gather.calls import CALLS, call, compare
+from tests.pallas_kernels.gather.calls import CALLS, call, check_hidden, compare
 
 # Small ones: every copy of a unit is a call of the interpreter.
 SMALL = {
@@ -30,6 +30,10 @@ def test_values_and_gradients_are_the_references(rng, name):
     params = pltpu.InterpretParams(detect_races=True)
     compare(lambda o, opt: tpu.gather(o, opt, interpret=params), o, opt, 2e-2 if o["q"].dtype == jnp.bfloat16 else 1e-5)
     assert not interpreter.races.races_found
+
+
+def test_what_is_hidden_may_hold_anything(rng):
+    check_hidden(rng, lambda o, opt: tpu.gather(o, opt, interpret=pltpu.InterpretParams()), lists=True)
 
 
 def test_a_named_body_says_what_it_does_not_support(rng):

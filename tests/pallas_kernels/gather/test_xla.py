@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import gather as op
 from pallas_kernels.gather import lists, reference, xla
-from tests.pallas_kernels.gather.calls import CALLS, call, compare
+from tests.pallas_kernels.gather.calls import CALLS, call, check_hidden, compare
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -66,6 +66,11 @@ def test_sums_per_key_are_the_columns_of_the_map(rng):
     full = {x: a for x, a in o.items() if x not in ("index", "count")}
     _, _, sums = xla.gather(full, dataclasses.replace(opt, sums="kv"))
     np.testing.assert_allclose(op.received(sums, None, None, 8, 48).sum(-1), 6.0, rtol=1e-5)  # 3 queries of 2 heads
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_what_is_hidden_may_hold_anything(rng, lists):
+    check_hidden(rng, xla.gather, lists)
 
 
 def test_every_key_is_the_list_of_all_units(rng):
