@@ -109,8 +109,9 @@ def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str, lay
         traced = jax.jit(f).trace(*args)
         memory = {}
         for layout in layouts:
-            free = Format(Layout.AUTO, sharding)
-            chosen = {"in_shardings": free, "out_shardings": free} if layout == "free" else {}
+            chosen = {}
+            if layout == "free":
+                chosen = {"in_shardings": Format(Layout.AUTO, sharding), "out_shardings": Format(Layout.AUTO)}
             found = jax.jit(f, **chosen).lower(*args).compile().memory_analysis()
             memory |= {"arguments": found.argument_size_in_bytes, "results": found.output_size_in_bytes}
             memory[TEMP[layout]] = found.temp_size_in_bytes

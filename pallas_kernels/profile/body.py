@@ -25,7 +25,7 @@ class Body(NamedTuple):
     tiles, 2, rows]}: the log mass of each row and the mean of its logits.  ``columns``, with "sums" (lse, weights) among
     the rows, -> {"columns" [B, blocks, units, at least pack, at least unit]}, by ``column_plan``.  The gradients, by
     ``apart`` and with one more key float (``COLUMNS``) and four sums (lse, weights, plain, by_logit): ``query_gradient``
-    -> {dq, d_weights, d_row}, ``key_gradient`` -> {dk, d_key}."""
+    -> {dq, d_weights, d_row}, ``key_gradient`` -> {dk, d_key}. ``received``, with one sum (lse) -> {d_weights} alone."""
 
     name: str
     plan: Callable
@@ -35,6 +35,7 @@ class Body(NamedTuple):
     columns: Callable
     query_gradient: Callable
     key_gradient: Callable
+    received: Callable
 
 
 COLUMNS = "+columns"  # the key float that holds the gradient of the columns
@@ -82,11 +83,27 @@ def _reduce(body: Body, interpret, o: dict, opt, lse, weights):
     return _columns(body, o, opt, interpret, lse, weights), logits
 
 
-def _gradient(body: Body, interpret, floats: dict, ints: dict, opt, sums: dict, d_columns):
-    (o, opt), extra = _coarse(floats | ints, opt), jnp.moveaxis(d_columns, 1, 2)
+def _widened(body: Body, o: dict, opt, d_columns):
+    """(operands, options, plan, plan with one more key float, rows, keys)."""
+    (o, opt), extra = _coarse(o, opt), jnp.moveaxis(d_columns, 1, 2)
     p = body.apart(o, opt)
     wide = dataclasses.replace(p, key=(*p.key, COLUMNS))
-    rows, keys = _arranged(wide, o | {"key": o["key"] | {COLUMNS: extra}}, opt)
+    return o, opt, p, wide, *_arranged(wide, o | {"key": o["key"] | {COLUMNS: extra}}, opt)
+
+
+def _per_row(p: Plan, found):
+    return layout.from_rows(p, jnp.swapaxes(found, 3, 4))[..., 0]
+
+
+def _received(body: Body, interpret, o: dict, opt, lse, d_columns):
+    """sum_j p_ij d_columns_j of each row, [B, N, H]."""
+    o, opt, p, wide, rows, keys = _widened(body, o, opt, d_columns)
+    rows["sums"] = _sums(p, lse)
+    return _per_row(p, folding(body.received, wide, opt, interpret)(rows, keys)["d_weights"])
+
+
+def _gradient(body: Body, interpret, floats: dict, ints: dict, opt, sums: dict, d_columns):
+    o, opt, p, wide, rows, keys = _widened(body, floats | ints, opt, d_columns)
     rows["sums"] = _sums(p, *(sums[x] for x in ("lse", "weights", "plain", "by_logit")))
     found = folding(body.query_gradient, wide, opt, interpret)(rows, keys)
     found |= folding(body.key_gradient, wide, opt, interpret)(rows, keys)
@@ -97,8 +114,12 @@ def _gradient(body: Body, interpret, floats: dict, ints: dict, opt, sums: dict, 
         grads["row"] = summed(found["d_row"], arranged["row"].shape)
     if p.key_floats:
         grads["key"] = with_spare(summed(found["d_key"], (*arranged["key"].shape[:2], *found["d_key"].shape[2:])))
-    d_weights = layout.from_rows(p, jnp.swapaxes(found["d_weights"], 3, 4))[..., 0]
-    return pull(grads)[0], d_weights
+    return pull(grads)[0], _per_row(p, found["d_weights"])
+
+
+def pair_received(p: Plan, opt, s, ok, lse, d_columns, sides, row, key):
+    """p d_columns of one tile pair."""
+    return jnp.where(ok, jnp.exp(logits_of(p, opt, *sides)(s, row, key) - lse), 0.0) * d_columns
 
 
 def pair_gradient(p: Plan, opt, s, ok, sums, d_columns, sides, row, key):
@@ -114,25 +135,30 @@ def _passes(body: Body, interpret) -> xla.Passes:
     return xla.Passes(*(functools.partial(f, body, interpret) for f in (_reduce, _gradient)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _log_mass(floats: dict, ints: dict, opt, body: Body, interpret):
-    return _row_sums(body, floats | ints, opt, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _profile(floats: dict, weights, ints: dict, opt, body: Body, interpret):
+    lse = _row_sums(body, floats | ints, opt, interpret)[0]
+    return _columns(body, floats | ints, opt, interpret, *known(lse, weights.astype(jnp.float32)).values()), lse
 
 
-def _fwd(floats, ints, opt, body, interpret):
-    lse = _log_mass(floats, ints, opt, body, interpret)
-    return lse, (floats, ints, lse)
+def _fwd(floats, weights, ints, opt, body, interpret):
+    columns, lse = _profile(floats, weights, ints, opt, body, interpret)
+    return (columns, lse), (floats, weights, ints, lse)
 
 
-def _bwd(opt, body, interpret, saved, d_lse):
-    floats, ints, lse = saved
-    seen, zero = lse > -jnp.inf, jnp.zeros_like(lse)
-    sums = {"lse": jnp.where(seen, lse, FAR), "weights": zero, "plain": jnp.where(seen, d_lse, 0.0), "by_logit": zero}
-    d_columns = jnp.zeros((lse.shape[0], lse.shape[2], floats["k"].shape[1]), lse.dtype)
-    return _gradient(body, interpret, floats, ints, opt, sums, d_columns)[0], None
+def _bwd(opt, body, interpret, saved, cotangents):
+    """One pass for what the weights (and through p the log mass) receive, then one for all else."""
+    floats, weights, ints, lse = saved
+    d_columns, d_lse = cotangents
+    seen, at = lse > -jnp.inf, known(lse, weights.astype(jnp.float32))
+    received = _received(body, interpret, floats | ints, opt, at["lse"], d_columns)
+    plain = jnp.where(seen, d_lse - at["weights"] * received, 0.0)
+    sums = at | {"plain": plain, "by_logit": jnp.zeros_like(lse)}
+    grads = _gradient(body, interpret, floats, ints, opt, sums, d_columns)[0]
+    return grads, jnp.where(seen, received, 0.0).astype(weights.dtype), None
 
 
-_log_mass.defvjp(_fwd, _bwd)
+_profile.defvjp(_fwd, _bwd)
 
 
 def reduce(body: Body, o: dict, opt, interpret):
@@ -144,8 +170,8 @@ def reduce(body: Body, o: dict, opt, interpret):
 
 def profile(body: Body, o: dict, opt, interpret):
     o, weights = apart(o, "weights")
-    lse = _log_mass(*xla.tiles.divide(xla.without_values(o)), opt, body, interpret)
-    return reduce(body, o | known(lse, weights), opt, interpret)[0], lse
+    floats, ints = xla.tiles.divide(xla.without_values(o))
+    return _profile(floats, weights, ints, opt, body, interpret)
 
 
 # -------------------------------------------------------------------------------------------------------- diagonals

@@ -21,7 +21,7 @@ from pallas_kernels.flash import gpu, layout
 from pallas_kernels.flash.layout import Plan, ceil_to
 from pallas_kernels.flash.pairs import FAR, NN, NT, dot, inside, kept, logits_of, visible
 from pallas_kernels.profile import body
-from pallas_kernels.profile.body import COLUMNS, pair_gradient
+from pallas_kernels.profile.body import COLUMNS, pair_gradient, pair_received
 
 # ------------------------------------------------------------------------------------------------------------- reduce
 
@@ -98,8 +98,20 @@ def _query_gradient_kernel(p: Plan, opt, names, *refs):
     b, h, tile, start = gpu.program_rows(p, size)
     rows = pl.ds(start, size)
     q = r["q"][b, h, tile, rows, :]
-    sums = [r["sums"][b, h, tile, i, rows][:, None] for i in range(4)]
+    sums = [r["sums"][b, h, tile, i, rows][:, None] for i in range(r["sums"].shape[3])]
     row_int, row = gpu.row_sides(p, r, b, h, tile, start, size, 0)
+
+    def alone(k, _, sides, received):
+        key_int, key, valid = sides
+        d_columns = key.pop(COLUMNS)
+        s = dot(q, k, NT)
+        ok = visible(opt, s.shape, valid, row_int, key_int)
+        return received + pair_received(p, opt, s, ok, sums[0], d_columns, (row_int, key_int), row, key).sum(1)
+
+    if "dq" not in r:
+        zeros = jnp.zeros((size,), jnp.float32)
+        r["d_weights"][b, h, tile, 0, rows] = gpu.over_units(p, r, b, h, tile, keys, alone, zeros)
+        return
 
     def body(k, _, sides, carry):
         dq, received, d_row = carry
@@ -127,6 +139,12 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
         outs["d_row"] = jax.ShapeDtypeStruct((*block, len(p.row), p.rows), jnp.float32)
     grid = (p.tiles * (p.rows // gpu.sizes(p, gpu.QUERIES)[0]), p.blocks, p.b)
     return gpu.call(p, opt, _query_gradient_kernel, rows | keys, outs, grid, "profile_query_gradient", interpret)
+
+
+def _received(p: Plan, opt, rows: dict, keys: dict, interpret):
+    outs = {"d_weights": jax.ShapeDtypeStruct((p.b, p.blocks, p.tiles, 1, p.rows), jnp.float32)}
+    grid = (p.tiles * (p.rows // gpu.sizes(p, gpu.QUERIES)[0]), p.blocks, p.b)
+    return gpu.call(p, opt, _query_gradient_kernel, rows | keys, outs, grid, "profile_received", interpret)
 
 
 def _key_gradient_kernel(p: Plan, opt, names, *refs):
@@ -175,7 +193,7 @@ def _key_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
 
 # One query head per block of columns: sums of several would need an axis of heads in registers.
 ALONE = functools.partial(gpu.plan, most=1)
-KERNELS = body.Body("gpu", gpu.plan, ALONE, ALONE, _rows, _columns, _query_gradient, _key_gradient)
+KERNELS = body.Body("gpu", gpu.plan, ALONE, ALONE, _rows, _columns, _query_gradient, _key_gradient, _received)
 
 
 def reduce(o: dict, opt, interpret=False):

@@ -22,7 +22,7 @@ from pallas_kernels.flash.pairs import FAR, NN, NT, dot, inside, kept, logits_of
 from pallas_kernels.flash.tpu import ANYWHERE, BODY, block_spec, by_tile, params
 from pallas_kernels.flash.tpu_kernels import as_column, as_row
 from pallas_kernels.profile import body, xla
-from pallas_kernels.profile.body import COLUMNS, pair_gradient
+from pallas_kernels.profile.body import COLUMNS, pair_gradient, pair_received
 
 SUBLANES = 8
 
@@ -125,8 +125,8 @@ def _columns(p: Plan, opt, rows: dict, keys: dict, interpret):
 def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
     r = dict(zip(names, refs, strict=True))
     row_int, row = tpu_kernels.row_sides(p, r, as_column)
-    sums = [as_column(r["sums"][i : i + 1, :]) for i in range(4)]
-    totals = ["total", "received"] + ["row_total"] * bool(p.row)
+    sums = [as_column(r["sums"][i : i + 1, :]) for i in range(r["sums"].shape[0])]
+    totals = [x for x in ("total", "received", "row_total") if x in r]
     for x in totals:
         r[x][...] = jnp.zeros_like(r[x])
 
@@ -135,15 +135,23 @@ def _query_gradient_kernel(p: Plan, opt, names, keys, *refs):
         d_columns, k = key.pop(COLUMNS), tpu_kernels.merged(p, got["k"])
         s = dot(tpu_kernels.rows_in(r["q"]), k, NT)
         ok = visible(opt, s.shape, valid, row_int, key_int)
-        received, ds, d_row, _ = pair_gradient(p, opt, s, ok, sums, d_columns, (row_int, key_int), row, key)
-        r["total"][...] += dot(ds.astype(k.dtype), k, NN)
+        pair = p, opt, s, ok
+        if "dq" not in r:
+            received = pair_received(*pair, sums[0], d_columns, (row_int, key_int), row, key)
+        else:
+            received, ds, d_row, _ = pair_gradient(*pair, sums, d_columns, (row_int, key_int), row, key)
+            r["total"][...] += dot(ds.astype(k.dtype), k, NN)
         r["received"][...] += jnp.broadcast_to(received.sum(-1, keepdims=True), r["received"].shape)
+        if "dq" not in r:
+            return
         for i, x in enumerate(p.row):
             r["row_total"][i] += jnp.broadcast_to(d_row[x], (p.rows, LANES))
 
     tpu_kernels.over_units(p, r, keys, pl.program_id(0), pl.program_id(1), body)
-    tpu_kernels.put_rows(r["dq"], r["total"][...])
     r["d_weights"][...] = as_row(r["received"][:, :1])
+    if "dq" not in r:
+        return
+    tpu_kernels.put_rows(r["dq"], r["total"][...])
     for i in range(len(p.row)):
         r["d_row"][i : i + 1, :] = as_row(r["row_total"][i][:, :1])
 
@@ -157,6 +165,12 @@ def _query_gradient(p: Plan, opt, rows: dict, keys: dict, interpret):
         outs["d_row"] = jax.ShapeDtypeStruct((*block, len(p.row), p.rows), jnp.float32)
         scratch["row_total"] = pltpu.VMEM((len(p.row), p.rows, LANES), jnp.float32)
     return by_tile(p, opt, _query_gradient_kernel, rows, keys, outs, scratch, "profile_query_gradient", interpret)
+
+
+def _received(p: Plan, opt, rows: dict, keys: dict, interpret):
+    outs = {"d_weights": jax.ShapeDtypeStruct((p.b, p.blocks, p.tiles, 1, p.rows), jnp.float32)}
+    scratch = {"received": pltpu.VMEM((p.rows, LANES), jnp.float32)}
+    return by_tile(p, opt, _query_gradient_kernel, rows, keys, outs, scratch, "profile_received", interpret)
 
 
 def _key_gradient_kernel(p: Plan, opt, names, streamed, *refs):
@@ -228,7 +242,7 @@ def _apart(o: dict, opt) -> Plan:
     return dataclasses.replace(BODY.plan(o, opt), pack=1, rows=ceil_to(opt.tile, LANES))
 
 
-KERNELS = body.Body("tpu", BODY.plan, _apart, BODY.plan, _rows, _columns, _query_gradient, _key_gradient)
+KERNELS = body.Body("tpu", BODY.plan, _apart, BODY.plan, _rows, _columns, _query_gradient, _key_gradient, _received)
 
 
 def reduce(o: dict, opt, interpret=False):
