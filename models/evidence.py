@@ -23,7 +23,11 @@ def row_weights(rows, meta: Meta, groups: dict, evidence: dict, total: bool) -> 
     valid = meta.valid
     if is_contract(rows):
         weights = rows(meta, evidence)
-        return None, weights
+        if getattr(rows, "group", None) not in groups:
+            return None, weights
+        start, stop = groups[rows.group]  # a record that names a group weighs its rows only
+        index = jnp.broadcast_to(jnp.arange(start, stop), (weights.shape[0], stop - start))
+        return index, weights[:, start:stop]
     if rows == "all":
         index, live = None, valid
     elif rows in groups:

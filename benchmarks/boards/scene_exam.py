@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,8 +194,15 @@ class Board:
             if len(group) == GROUP:
                 costs |= self.timed(group)
                 group = []
+                self.let_go()
             progress(e.label)
         return found, costs | self.timed(group), refused
+
+    def let_go(self) -> None:
+        """Programs that are done: each holds hundreds of memory maps, of which Linux allows a process 65,530 by default."""
+        self.steps.clear()
+        jax.clear_caches()
+        gc.collect()
 
     def timed(self, group: Sequence[tuple[Entry, Compiled]]) -> dict[str, dict[str, Any]]:
         """Costs of a group of entries, timed in turns with the full model."""

@@ -236,7 +236,8 @@ class Need:
     at: "vision.-2" (inside layer -2 of the vision tower), "llm.7", "llm.*" (every layer, stacked first), or "next": the
       layer that would run next, projected on the rows at the cut.
     rows: whose queries: "all", "last", "cls", "text", "vision", an int w (the last w rows), or a contract
-      ``(meta, evidence) -> weights [B, N]``, which may name a Need of the same layer as ``given``: it is answered first.
+      ``(meta, evidence) -> weights [B, N]``, which may name a Need of the same layer as ``given``: it is answered first;
+      and the ``group`` of rows that have all the weight: no other row is asked.
       Weights of named rows average over them; ``total=True`` sums instead.
     over_heads: "mean" | "sum" | "max" | None (keep [B, H, M]).
     temperature: divides the logits. iterate: applications of w <- w P (PageRank).

@@ -47,6 +47,7 @@ class _Prior:
     """Row weights omega [B, S, H] of the text behind the image, from the same layer's text rows."""
 
     at: str = "last"
+    group: str = "text"
 
     @property
     def given(self):
