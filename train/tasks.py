@@ -88,7 +88,8 @@ def with_params(bound: Bound, params: Any) -> Bound:
     """The bound model with the parameters of a task or a checkpoint: its own, and those of its sockets."""
     params = {name: tree for name, tree in params.items() if name not in (methods.OBJECTIVE, methods.TEACHER)}
     trained = params.pop(SOCKETS, None)
-    arrays = bound.arrays if trained is None else {**bound.arrays, "trained": trained}
+    # A checkpoint has no entry for a site without parts.
+    arrays = bound.arrays if trained is None else {**bound.arrays, "trained": {**bound.arrays["trained"], **trained}}
     return Bound(bound.program, arrays, params)
 
 

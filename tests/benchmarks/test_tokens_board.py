@@ -182,7 +182,7 @@ def test_trained_methods_answer_with_their_own_parameters(worked, tmp_path):
     name, identity, params = worked["checkpoints"][0]
     fresh = vlm.bind(MODEL, None, reduce={"project": "textmonkey:keep=9"}).arrays["trained"]
     taught = jax.tree.map(lambda x: x + 0.5, fresh)
-    runs = [trained.Run("textmonkey:keep=9", Path(tmp_path / name), "a run", {**params, "sockets": parts})
+    runs = [trained.Run("textmonkey:keep=9", Path(tmp_path / name), "a run", {**params, "sockets": {"sites": parts["sites"]}})
             for parts in (fresh, taught)]  # fmt: skip
     (entry,), unfit = trained.plan(runs[:1], (18,), MODEL)
     plain = budgets.entry("textmonkey", 18, MODEL)

@@ -77,7 +77,8 @@ def test_the_program_trains_resumes_and_explains(tmp_path, source, capsys):
 
 
 def test_the_stages_of_the_scenes(source):
-    task = tasks.build(config(VLM, source, vision_steps=7, steps=9))
+    task = tasks.build(config(VLM, source, vision_steps=7, steps=9, tokens="uniform:keep=8 + fastv:keep=4@llm.1"))
+    assert [x for x, _ in task.bound.program.sites] == ["vision"] and task.bound.program.stack("llm").cuts[0].layer == 1
     first, second = task.stages
     assert (first.steps, first.folder, second.steps, second.folder) == (7, "vision", 9, "")
     assert set(first.params) == {"vision", "aux"} and set(task.params) == {"vision", "projector", "llm", "aux"}
