@@ -118,20 +118,22 @@ def every_of(rows: list[dict], column: str) -> str:
 
 
 def by_length(rows: list[dict], column: str) -> str:
-    """One row per program, arguments + results + temp of each length; of the first chip that has several."""
-    lengths = sorted({r["tokens"] for r in rows})
+    """One line per program that was compiled for several lengths."""
     found = {}
     for r in rows:
         if r.get(column) is not None:
-            name = shown(r, "op"), shown(r, "decay"), shown(r, "body"), r["head_dim"], r["program"], r.get("chip", "")
+            name = (*(shown(r, x) for x in ("op", "decay", "body", "head_dim", "program", "chip")),)
             figures = r["arguments"] + r["results"], r[column]
             found.setdefault(name, {})[r["tokens"]] = " + ".join(f"{x / 2**20:,.0f}" for x in figures) + " MiB"
     found = {name: at for name, at in found.items() if len(at) > 1}
-    if not found:
+    lengths = sorted({n for at in found.values() for n in at})
+    head = ("op", "decay", "body", "head size", "program", "chip", *(f"{n // 1024}K" for n in lengths))
+    lines = [[*name, *(at.get(n, "") for n in lengths)] for name, at in found.items()]
+    used = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    if not lines:
         return ""
-    head = ("op", "decay", "body", "D", "program", "chip", *(f"{n // 1024}K" for n in lengths))
-    lines = [[*map(str, name), *(at.get(n, "") for n in lengths)] for name, at in found.items()]
-    return "Arguments and results + temp.\n\n" + markdown(head, lines)
+    picked = [[line[i] for i in used] for line in (list(head), *lines)]
+    return "Arguments and results + temp.\n\n" + markdown(picked[0], picked[1:])
 
 
 def shown(row: dict, column: str) -> str:

@@ -77,8 +77,8 @@ class Gpu(_Report):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A compiled program of an operation. ``kernels``: those that no program before it has. ``memory``: of the program,
-    "temp" and "temp, layouts free" as far as they were asked for."""
+    """A compiled program of an operation. ``kernels``: of a gradient, those that no program before it has. ``memory``:
+    arguments, results, "temp" and "temp, layouts free" of the program as far as they were asked for."""
 
     name: str
     kernels: list
@@ -86,6 +86,7 @@ class Built:
     seconds: float
 
 
+GRADIENTS = ("backward", "gradient")
 TEMP = {"given": "temp", "free": "temp, layouts free"}
 
 
@@ -119,8 +120,8 @@ def build(op: str, sizes: kernel_cases.Sizes, sharding, implementation: str, lay
         found = {eqn.params["name"]: eqn for eqn in kernel_calls(traced.jaxpr.jaxpr)}
         if not found or not all(x.startswith(f"{op}_") for x in found):
             raise ValueError(f"{op}: expected kernels named {op}_..., got {sorted(found) or 'none'}")
-        # A gradient asked for alone recomputes the forward kernel; it has its row already.
-        new = [eqn for x, eqn in found.items() if x not in seen]
+        # A gradient runs the forward kernel, too; it has its row already.
+        new = [eqn for x, eqn in found.items() if x not in seen or name not in GRADIENTS]
         seen |= set(found)
         yield Built(name, new, memory, round(seconds, 1))
 

@@ -5,13 +5,14 @@ For bfloat16 and float16 with heads up to 128 (padded to 64 or 128); units under
 Not for per-row and per-key floats: the Triton body takes those. The kernels compile for an H200 and agree with the reference
 in JAX's GPU interpreter (warp groups, barriers and copies as threads; matrix products as XLA's), and have not run on a device
 yet: a call without a name never gets them. Known of the tool chain: ptxas 12.8 up to 12.9.0 miscompiles selections on the
-layout of wgmma (JAX refuses causal masks in its own kernel there).
+layout of wgmma; where CUDA says it is one of those (12.9.1 says 12.9, too), masks are refused, as JAX does in its own kernel.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from pallas_kernels.flash.hopper_kernels import ROWS, STAGES
 from pallas_kernels.flash.layout import Plan, ceil_to
 
 HOPPER, WIDEST = "9.0", 128
+MISCOMPILES = range(12080, 12091)  # versions of CUDA, 1000 major + 10 minor
 GROUPS = 2  # warp groups that multiply, at most
 FORWARD, QUERIES, KEYS = 128, 128, 64  # keys, keys and rows of a step
 
@@ -148,7 +150,16 @@ def _refuses(o: dict, opt) -> str | None:
         found = getattr(jax.devices()[0], "compute_capability", None)
         if found != HOPPER:
             return f"a device of compute capability {found}: expected {HOPPER}"
+        version = cuda_version(jax.devices()[0].client.platform_version)
+        if opt.mask is not None and version in MISCOMPILES:
+            return f"masks with CUDA {version // 1000}.{version % 1000 // 10}, whose ptxas miscompiles them: expected another"
     return None
+
+
+def cuda_version(platform: str) -> int | None:
+    """12090 of "PJRT C API\ncuda 12090"."""
+    found = re.search(r"cuda (\d+)", platform)
+    return found and int(found[1])
 
 
 BODY = Body("hopper", _plan, _forward, _query_gradient, _key_gradient, half=True, least=ROWS, missing=UNKNOWN, refuses=_refuses)

@@ -142,12 +142,13 @@ def products(x, y, w: Weights, later: int):
     return w.fold(step, jnp.where(pairs(size, 0, later), found, 0.0))
 
 
-def products_gradient(d, y, w: Weights, later: int):
-    """The gradient of x in ``products(x, y, w, later)`` from that of the result."""
+def products_gradient(d, y, w: Weights, later: int, more=None):
+    """The gradient of x in ``products(x, y, w, later)`` from that of the result, with ``more`` added."""
     size = d.shape[0]
     if w.fold is None:
         d = jnp.where(seen(size, later), d, 0.0) if w.table is None else d * w.table
-        return dot(d.astype(y.dtype), y, NN)
+        found = dot(d.astype(y.dtype), y, NN)
+        return found if more is None else found + more
 
     def among(b):
         return jnp.where(pairs(size, b, later), d, 0.0).astype(y.dtype)
@@ -155,4 +156,5 @@ def products_gradient(d, y, w: Weights, later: int):
     def step(b, part, found):
         return found + dot(among(b), scaled(y, part), NN) * part
 
-    return w.fold(step, dot(among(0), y, NN))
+    own = dot(among(0), y, NN)
+    return w.fold(step, own if more is None else own + more)

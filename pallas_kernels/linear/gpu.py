@@ -25,17 +25,16 @@ from pallas_kernels.linear.decays import (
     grown,
     index,
     of_tokens,
-    pairs,
     power,
     products,
+    products_gradient,
     scaled,
     seen,
 )
 from pallas_kernels.linear.reference import floored
 
 TN = ((0,), (0,))
-# Tokens of a chunk, by float32. Compiled for Hopper no register is spilled without decay or with one per token at 128
-# channels; gradients with decays per channel still spill.
+# Tokens of a chunk, by float32. Compiled for Hopper, no register is spilled with bfloat16 and heads of 64 or 128.
 CHUNKS = {False: (16, 32, 64), True: (16, 32)}
 WIDTH, FLOAT32_WIDTH = 64, 32  # features or value columns of a tile
 CHANNELS = 32  # features of a tile in kernels that weigh pairs per channel
@@ -178,24 +177,14 @@ def _value_gradient_kernel(p: Plan, tiles, names, *refs):
 
 
 def _both(d, q, k, w: Weights):
-    """Gradients of q and k in ``products(q, k, w, 0)`` from that of the result."""
-    size, dtype = d.shape[0], q.dtype
-    if w.fold is None:
-        d = jnp.where(seen(size, 0), d, 0.0) if w.table is None else d * w.table
-        d = d.astype(dtype)
-        return dot(d, k, NN), dot(d, q, TN)
-
-    def step(b, part, carry):
-        dq, dk = carry
-        here = jnp.where(pairs(size, b), d, 0.0).astype(dtype)
-        return dq + dot(here, scaled(k, part), NN) * part, dk + dot(here, scaled(q, part), TN) * part
-
-    here = jnp.where(pairs(size, 0), d, 0.0).astype(dtype)
-    return w.fold(step, (dot(here, k, NN), dot(here, q, TN)))
+    """Gradients of q and k in ``products(q, k, w, 0)`` from that of the result; no weights per channel."""
+    d = jnp.where(seen(d.shape[0], 0), d, 0.0) if w.table is None else d * w.table
+    d = d.astype(q.dtype)
+    return dot(d, k, NN), dot(d, q, TN)
 
 
 def _key_gradient_kernel(p: Plan, tiles, names, *refs):
-    """Queries, keys and what a decay before each token would change."""
+    """Queries, keys and what a decay before each token would change; no decay per channel."""
     r = dict(zip(names, refs, strict=True))
     c, i, b = (pl.program_id(x) for x in range(3))
     f_tile, v_tile = tiles
@@ -222,26 +211,75 @@ def _key_gradient_kernel(p: Plan, tiles, names, *refs):
         dk = grown(dk, w.leave) + near_k
         r["dq"][b, rows, h, f] = dq.astype(q.dtype)
         if p.decay:
-            change = q.astype(jnp.float32) * dq - k.astype(jnp.float32) * dk
-            if p.decay == "token":
-                r["dd"][b, h, part, rows] = change.sum(1)
-            else:
-                later = index((p.chunk, p.chunk), 1) >= index((p.chunk, p.chunk), 0)
-                r["dd"][b, rows, h, f] = _summed(p, later, change)
+            r["dd"][b, h, part, rows] = (q.astype(jnp.float32) * dq - k.astype(jnp.float32) * dk).sum(1)
         return total + dk
 
     r["dk"][b, rows, g, f] = lax.fori_loop(0, p.r, head, zeros).astype(k.dtype)
 
 
+def _query_channels_kernel(p: Plan, tiles, names, *refs):
+    """Queries alone: with weights per channel one kernel for both gradients would spill registers."""
+    r = dict(zip(names, refs, strict=True))
+    c, i, b = (pl.program_id(x) for x in range(3))
+    f_tile, v_tile = tiles
+    h, part = lax.rem(i, p.h), lax.div(i, p.h)
+    g = _head(p, h)
+    rows, f = pl.ds(c * p.chunk, p.chunk), pl.ds(part * f_tile, f_tile)
+
+    def step(j, carry):
+        dp, dq = carry
+        v = pl.ds(j * v_tile, v_tile)
+        do = r["do"][b, rows, h, v]
+        return dp + dot(do, r["v"][b, rows, g, v], NT), dq + dot(do, r["states"][b, h, c, v, f], NN)
+
+    init = jnp.zeros((p.chunk, p.chunk), jnp.float32), jnp.zeros((p.chunk, f_tile), jnp.float32)
+    dp, dq = _over(p.dv_pad // v_tile, step, init)
+    w = _weights(p, r, b, h, rows, f)
+    dq = products_gradient(dp, r["k"][b, rows, g, f], w, 0, grown(dq, w.enter))
+    r["dq"][b, rows, h, f] = (dq * p.scale).astype(r["dq"].dtype)
+
+
+def _key_channels_kernel(p: Plan, tiles, names, *refs):
+    """Keys, and what a decay before each token would change, from the queries' gradient."""
+    r = dict(zip(names, refs, strict=True))
+    c, i, b = (pl.program_id(x) for x in range(3))
+    f_tile, v_tile = tiles
+    g, part = lax.rem(i, p.kv), lax.div(i, p.kv)
+    rows, f = pl.ds(c * p.chunk, p.chunk), pl.ds(part * f_tile, f_tile)
+    zeros = jnp.zeros((p.chunk, f_tile), jnp.float32)
+
+    def head(i, total):
+        h = g * p.r + i
+
+        def step(j, carry):
+            dp, dk = carry
+            v = pl.ds(j * v_tile, v_tile)
+            values = r["v"][b, rows, g, v]
+            return dp + dot(values, r["do"][b, rows, h, v], NT), dk + dot(values, r["d_states"][b, h, c, v, f], NN)
+
+        dp, dk = _over(p.dv_pad // v_tile, step, (jnp.zeros((p.chunk, p.chunk), jnp.float32), zeros))
+        w = _weights(p, r, b, h, rows, f)
+        q = r["q"][b, rows, h, f]
+        # In the operands' dtype, and summed where it is made: a turn of the loop then holds little enough.
+        dk = products_gradient((dp * p.scale).astype(q.dtype), q, w, 1, grown(dk, w.leave))
+        k, dq = r["k"][b, rows, g, f], r["dq"][b, rows, h, f]
+        change = q.astype(jnp.float32) * dq.astype(jnp.float32) - k.astype(jnp.float32) * dk
+        later = index((p.chunk, p.chunk), 1) >= index((p.chunk, p.chunk), 0)
+        r["dd"][b, rows, h, f] = _summed(p, later, change)
+        return total + dk
+
+    r["dk"][b, rows, g, f] = lax.fori_loop(0, p.r, head, zeros).astype(r["dk"].dtype)
+
+
 # -------------------------------------------------------------------------------------------------------------- calls
 
 
-def _call(p: Plan, kernel, tiles, x: dict, outs: dict, grid, name: str, interpret, warps: int = 4):
+def _call(p: Plan, kernel, tiles, x: dict, outs: dict, grid, name: str, interpret, warps: int = 4, stages: int = 2):
     found = pl.pallas_call(
         functools.partial(kernel, p, tiles, (*x, *outs)),
         grid=grid,
         out_shape=list(outs.values()),
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
         interpret=interpret,
     )(*x.values())
@@ -316,15 +354,23 @@ def _backward(p: Plan, x: dict, interpret):
     grid = p.chunks, p.kv * (p.dv_pad // v_tile), p.b
     warps = 8 if p.decay == "channel" else 4
     found |= _call(p, _value_gradient_kernel, tiles, operands, outs, grid, "linear_value_gradient", interpret, warps)
-    operands = _pick(x, "q", "k", "v", "do") | states | d_states
-    outs = {"dq": _shape(x["q"].dtype, *x["q"].shape), "dk": _shape(x["k"].dtype, *x["k"].shape)}
+    operands = _pick(x, "q", "k", "v", "do")
+    dq, dk = ({"d" + name: _shape(x[name].dtype, *x[name].shape)} for name in ("q", "k"))
     parts = p.f_pad // f_tile
-    if p.decay:
-        token = p.b, p.h, parts, p.rows
-        outs["dd"] = _shape(jnp.float32, *(token if p.decay == "token" else (p.b, p.rows, p.h, p.f_pad)))
     grid = p.chunks, p.kv * parts, p.b
     tiles = f_tile, min(v_tile, max(16, p.dv_pad // 2))  # a loop over two tiles holds less than one tile without it
-    found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret, 8)
+    if p.decay == "channel":
+        own = {name: a for name, a in operands.items() if name != "q"} | states
+        by_head = p.chunks, p.h * parts, p.b
+        found |= _call(p, _query_channels_kernel, tiles, own, dq, by_head, "linear_query_gradient", interpret, 8)
+        operands |= d_states | {"dq": found["dq"]}
+        outs = dk | {"dd": _shape(jnp.float32, p.b, p.rows, p.h, p.f_pad)}
+        tiles = f_tile, min(f_tile, tiles[1])  # in larger tiles, or with the next one's values in flight, registers spill
+        found |= _call(p, _key_channels_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret, 8, stages=1)
+    else:
+        outs = dq | dk | ({"dd": _shape(jnp.float32, p.b, p.h, parts, p.rows)} if p.decay else {})
+        operands |= states | d_states
+        found |= _call(p, _key_gradient_kernel, tiles, operands, outs, grid, "linear_key_gradient", interpret, 8)
     if p.decay == "token":
         found["dd"] = lax.cumsum(found["dd"].sum(2), 2, reverse=True)
     elif p.decay:  # summed inside chunks; what a chunk's first token has is what earlier chunks are to add

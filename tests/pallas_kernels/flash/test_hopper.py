@@ -1,8 +1,10 @@
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +77,18 @@ def test_what_it_does_not_support_is_said(rng, change, why):
     o, opt = call(rng, **dict(n=16, tile=8, unit=8, dtype=jnp.bfloat16) | change)
     with pytest.raises(ValueError, match=f"'hopper' does not support {why}"):
         op.flash(o, opt, "hopper")
+
+
+def test_a_compiler_that_miscompiles_masks_is_refused(rng, monkeypatch):
+    o, opt = call(rng, n=16, tile=8, unit=8, dtype=jnp.bfloat16, mask=masks.causal())
+    for version, refused in ((12080, True), (12090, True), (13000, False)):
+        client = types.SimpleNamespace(platform_version=f"PJRT C API\ncuda {version}")
+        device = types.SimpleNamespace(compute_capability="9.0", client=client)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        why = hopper.BODY.refusal(o, opt)
+        assert ("ptxas" in why) if refused else why is None, why
+        assert hopper.BODY.refusal(o, dataclasses.replace(opt, mask=None)) is None
 
 
 @pytest.mark.skipif(
