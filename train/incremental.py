@@ -127,7 +127,7 @@ def run(o: Lanes) -> int:
         tables["lanes"].append(found.tolist())
         if before is not None:
             known = np.isfinite(before)
-            print(f"  largest change of a logit of earlier tasks: {np.abs(logits - before)[known].max():.2e}")
+            print(f"  largest change of a logit of earlier tasks: {np.abs(logits[known] - before[known]).max():.2e}")
         before = logits
         if o.baseline:
             start = single or multi_lane.init(c, jax.random.key(o.seed))
