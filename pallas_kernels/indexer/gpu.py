@@ -21,6 +21,7 @@ from pallas_kernels.flash.gpu import power
 from pallas_kernels.flash.pairs import NT, dot
 from pallas_kernels.indexer import body
 
+WIDE = 4096  # candidates from which on a buffer takes the registers of eight warps
 PROGRAMS = 512  # programs that fill the chip: with fewer blocks of queries, units are cut into parts
 ROWS = {False: 128, True: 32}  # queries x heads of a program, by float32
 CHUNK = {False: 64, True: 32}
@@ -171,7 +172,7 @@ def _call(opt, names, arrays: dict, reach, *, interpret):
         functools.partial(_kernel, opt, names, kept, together, chunk, parts, sync),
         grid=(blocks * parts, lists, b),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)],
-        compiler_params=plt.CompilerParams(num_warps=8 if rows * together > 64 else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=8 if rows * together > 64 or room >= WIDE else 4, num_stages=2),
         name="indexer_select",
         interpret=interpret,
     )(*operands)
