@@ -94,11 +94,13 @@ class Forward:
         run = functools.partial(self.call, opt, names, interpret=self.interpret)
         reach = functools.partial(xla.reach, opt, q_side, k_side)
         index, values = run(arrays, reach)
-        return (reference.counted if self.ascending else reference.ascending)(index, values, k.shape[2])
+        if self.ascending:  # another pass over the lists would hold them twice
+            return index, (values > -jnp.inf).sum(-1).astype(jnp.int32), values
+        return reference.ascending(index, values, k.shape[2])
 
 
 def select(call: Callable, o: dict, opt, interpret, ascending: bool = False):
-    """``ascending``: the kernel's entries come in the order of their index, unused ones last."""
+    """``ascending``: the kernel's entries come in the order of their index; unused ones last, as 0 and -inf."""
     return xla.differentiable(*xla.divide(o), opt, Forward(call, interpret, ascending))
 
 

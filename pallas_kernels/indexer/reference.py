@@ -71,11 +71,7 @@ def chosen(opt, s):
 
 def ascending(index, values, units: int):
     """Entries in ascending order of index; ``units`` and more: none."""
-    return counted(*jax.lax.sort((index.astype(jnp.int32), values), num_keys=1), units)
-
-
-def counted(index, values, units: int):
-    """Entries in ascending order of index and how many there are; ``units`` and more: none."""
+    index, values = jax.lax.sort((index.astype(jnp.int32), values), num_keys=1)
     some = index < units
     return jnp.where(some, index, 0), some.sum(-1).astype(jnp.int32), jnp.where(some, values, -jnp.inf)
 

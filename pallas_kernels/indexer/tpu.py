@@ -61,7 +61,7 @@ def _kernel(opt, names, heads: int, kept: int, *refs):
     lax.fori_loop(stop * runs, last_run, fill, 0)
     _score(opt, names, heads, q, q_facts, weight, k, k_facts, scores, top, k_buffer, fact_buffer, sem, b, h, start, stop)
     _threshold(kept, scores, top, low, high, cut, rank, first_run, stop * runs)
-    index[...] = jnp.full_like(index, 2**30)
+    index[...] = jnp.zeros_like(index)
     values[...] = jnp.full_like(values, -jnp.inf)
     lax.fori_loop(0, rows, functools.partial(_compact, scores, low, cut, index, values, first_block, last_run), 0)
 
