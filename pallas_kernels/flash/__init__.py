@@ -18,7 +18,7 @@ Implementations: "reference" (the full table), "xla" (everything, every backend)
 float32 and bfloat16, on GPU float16 too; heads up to 256, units and tiles up to 1024, bias with units of 8 keys or more,
 and the operations in mask and score_mod that kernels lower). Pairs of tiles whose keys are all valid and, by the intervals
 of the fields, surely all seen skip the mask. "hopper" (Mosaic GPU kernels for an H100 or H200): bfloat16 and float16, heads
-up to 128, without floats per row or key.
+up to 128, without floats per row or key, and no masks under CUDA 12.8 and 12.9, whose compiler breaks them.
 """
 
 from __future__ import annotations
