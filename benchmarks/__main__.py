@@ -18,6 +18,7 @@ import tyro  # noqa: E402
 
 from benchmarks import cost_study, kernels, prefill, tokens, tune  # noqa: E402
 from benchmarks.demo import Demo, run  # noqa: E402
+from models.cores import keep_memory  # noqa: E402
 from train.loop import INTERRUPTED  # noqa: E402
 
 Board = (
@@ -47,4 +48,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -26,8 +26,10 @@ Task = (
 def run(config: Common) -> int:
     """Train what `config` describes; returns the exit status."""
     backend.start(devices=config.devices, **vars(config.hosts))
+    from models.cores import keep_memory
     from train import tasks  # imports models, whose constants may touch the backend
 
+    keep_memory()
     mesh = config.mesh.make()
     config = tasks.started(config)
     task = tasks.build(config)

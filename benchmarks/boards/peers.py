@@ -14,6 +14,8 @@ import sys
 
 import numpy as np
 
+from models.cores import KEEP
+
 BLOCK = 128
 
 
@@ -31,8 +33,9 @@ class Torch:
         self.absent = None if importlib.util.find_spec("torch") else "torch is not installed"
         self.process = None
         if self.absent is None:
-            # Idle threads of OpenMP would spin on the cores that JAX needs, and the other way round.
-            environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+            # Idle threads of OpenMP would spin on the cores that JAX needs, and the other way round. Memory stays there, too.
+            kept = {name: str(value) for name, (_, value) in KEEP.items()}
+            environment = kept | os.environ | {"OMP_WAIT_POLICY": "passive"}
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.boards.torch_peer", device],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,

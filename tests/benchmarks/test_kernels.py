@@ -1,7 +1,11 @@
 """The board of the kernels: work counted by the book, memory that grows with the length, peers that are missing are named."""
 
+import ctypes
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +77,15 @@ def test_cores_leave_the_user_s_choice(monkeypatch):
     before = jax.config.jax_num_cpu_devices
     cores.one_device_per_core()
     assert jax.config.jax_num_cpu_devices == before
+
+
+def test_memory_stays_unless_the_user_chose(monkeypatch):
+    """In a process of its own: freed arrays do not shrink it, and a user's setting is left alone."""
+    code = ("import sys, numpy as np; from models import cores; said = cores.keep_memory();"
+            "size = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096;"
+            "a = np.ones(1 << 25); del a; print(said, size() > (1 << 28))")  # fmt: skip
+    run = lambda **env: subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, text=True, check=True,  # noqa: E731
+                                       stdout=subprocess.PIPE).stdout.split()  # fmt: skip
+    assert run(MALLOC_ARENA_MAX="2") == ["False", "False"]
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        assert run() == ["True", "True"]
