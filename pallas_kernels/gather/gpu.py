@@ -24,8 +24,7 @@ from pallas_kernels.gather.lists import Shape
 
 PROGRAMS = 264  # two for each multiprocessor of the largest chip
 MOST_ROWS = 64
-# Keys per step by (heads wider than 128, float32): no register is spilled at these sizes on Hopper, but 12 bytes where lists of
-# tokens of heads of 64 have keys that are hidden.
+# Keys per step by (heads wider than 128, float32): no register is spilled at these sizes on Hopper.
 FORWARD = {(0, 0): 64, (1, 0): 32, (0, 1): 32, (1, 1): 16}
 BACKWARD = {(0, 0): 32, (1, 0): 16, (0, 1): 16, (1, 1): 16}
 TN = ((0,), (0,))
@@ -56,6 +55,8 @@ def _plan(s: Shape, opt, rows: dict, table: dict) -> Plan:
     pack = 1 if alone else max(p for p in range(1, s.r + 1) if s.r % p == 0 and (p == 1 or p * s.tile <= MOST_ROWS))
     wide = int(max(_power(s.d), _power(s.dv)) > 128)
     step = table[wide, int(rows["q"].dtype == jnp.float32)]
+    if "add" in rows and max(_power(s.d), _power(s.dv)) <= 64:  # room to look for keys that are not finite
+        step = min(step, 32)
     programs = s.b * (s.h // pack) * s.rows
     parts = max(1, min(-(-PROGRAMS // programs), -(-s.length // (4 * step))))
     pairs = rows["freqs"].shape[0] if "turn" in rows else 0
