@@ -172,11 +172,20 @@ def _parts(s: Shape) -> int:
 
 
 def _forward_full(s: Shape, opt, rows: dict, keys: dict, acc):
+    k, v = keys["k"], keys["v"]
+    if not _hides(s, opt, rows):
+        return _every_key(s, opt, rows, k, v, False, acc)
+    finite = jnp.isfinite(k).all() & jnp.isfinite(v).all()  # a look is cheaper than cleaned copies, which few calls need
+    plain = lambda: _every_key(s, opt, rows, k, v, False, acc)  # noqa: E731
+    return lax.cond(finite, plain, lambda: _every_key(s, opt, rows, *lists.clean(k, v), acc))
+
+
+def _every_key(s: Shape, opt, rows: dict, k, v, odd, acc):
+    """``odd`` of ``lists.clean``, or False."""
     c = _parts(s)
     cut = lambda x: x.reshape(*x.shape[:2], c, s.m // c, x.shape[3])  # noqa: E731
     by_part = lambda x: x.reshape(*x.shape[:-1], c, s.m // c)  # noqa: E731
     q = rows["q"][:, :, :, 0]  # [b, g, r, t, D]
-    k, v, odd = lists.clean(keys["k"], keys["v"]) if _hides(s, opt, rows) else (keys["k"], keys["v"], None)
     k, v = cut(k), cut(v)
     if "turn" in rows:
         angle = by_part(rows["turn"][:, :, 0, 0])
@@ -184,7 +193,7 @@ def _forward_full(s: Shape, opt, rows: dict, keys: dict, acc):
     x = _dot("bgrtd,bgcld->bgcrtl", q, k, acc) * opt.scale
     if "add" in rows:
         add = by_part(rows["add"][:, :, :, 0])  # [b', g', r', t', c, l]
-        odd = odd.reshape(*odd.shape[:2], c, s.m // c)[:, :, :, None, None]
+        odd = odd if odd is False else odd.reshape(*odd.shape[:2], c, s.m // c)[:, :, :, None, None]
         x = lists.added(x, jnp.moveaxis(add, 4, 2).astype(acc), odd)
     top, e, mass = _softmax(x)
     total = _dot("bgcrtl,bgcld->bgcrtd", e.astype(v.dtype), v, acc)
