@@ -12,6 +12,9 @@ SIZES = ("tokens", "heads", "kv_heads", "head_dim", "block", "entries", "lists",
 KEY = ("target", *SIZES, "op", "chip", "program", "kernel")
 KIB, MIB = ("VMEM", "SMEM", "shared memory"), ("HBM in", "HBM out", "arguments", "results", "temp", "temp, layouts free")
 
+TPU = ("op", "decay", "chip", "program", "kernel", "VMEM", "SMEM", "HBM in", "HBM out", "temp", "temp, layouts free")
+GPU = ("op", "decay", "body", "program", "kernel", "registers", "spills", "shared memory", "wgmma", "mma", "tma")
+
 
 def text(column: str, value) -> str:
     if value is None:
@@ -65,31 +68,13 @@ tables of a chunk of rows, of one size at every length; linear and indexer hold 
 
 def page(rows: list[dict]) -> str:
     tpu, gpu = ([r for r in rows if r["target"] == x] for x in ("tpu", "gpu"))
-    every = lambda x: ", ".join(sorted({str(r[x]) for r in rows}))  # noqa: E731
-    parts = [
-        INTRODUCTION.format(dates=every("date"), **{x: every(x) for x in ("versions", "heads", "kv_heads", "entries", "block")})
-    ]
+    every = {x: every_of(rows, x) for x in ("versions", "heads", "kv_heads", "entries", "block")}
+    parts = [INTRODUCTION.format(dates=every_of(rows, "date"), **every)]
     if tpu:
         longest = max(r["tokens"] for r in tpu)
         whole = [r for r in tpu if r["tokens"] == longest]
-        columns = (
-            "op",
-            "decay",
-            "chip",
-            "program",
-            "kernel",
-            "VMEM",
-            "SMEM",
-            "HBM in",
-            "HBM out",
-            "temp",
-            "temp, layouts free",
-        )
-        parts += [
-            f"## TPU, {longest // 1024}K tokens, heads of {every_of(whole, 'head_dim')}\n",
-            LAYOUTS,
-            table(columns, whole),
-        ]
+        title = f"## TPU, {longest // 1024}K tokens, heads of {every_of(whole, 'head_dim')}\n"
+        parts += [title, LAYOUTS, table(TPU, whole)]
     for title, found, column in (("TPU, layouts free", tpu, "temp, layouts free"), ("H200", gpu, "temp")):
         if lengths := by_length(found, column):
             parts += [f"## Memory by length: {title}\n", lengths]
@@ -97,20 +82,7 @@ def page(rows: list[dict]) -> str:
         for dim in sorted({r["head_dim"] for r in gpu}):
             some = [r for r in gpu if (r["tokens"], r["head_dim"]) == (tokens, dim)]
             if some:
-                columns = (
-                    "op",
-                    "decay",
-                    "body",
-                    "program",
-                    "kernel",
-                    "registers",
-                    "spills",
-                    "shared memory",
-                    "wgmma",
-                    "mma",
-                    "tma",
-                )
-                parts += [f"## H200, {tokens // 1024}K tokens, heads of {dim}\n", table(columns, some)]
+                parts += [f"## H200, {tokens // 1024}K tokens, heads of {dim}\n", table(GPU, some)]
     return "\n".join(parts)
 
 

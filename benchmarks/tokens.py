@@ -81,6 +81,8 @@ def run(options: Tokens) -> int:
     plots.require()
     if (options.model is None) != (options.data is None):
         raise ValueError("model, data: expected both or neither")
+    if options.model is not None and options.trained:
+        raise ValueError("trained: expected none with --model, whose parameters would answer in place of the runs'")
     if options.model is not None:
         from benchmarks.boards import llava_exam
 
@@ -96,8 +98,8 @@ def counts_of(percents: Sequence[float], n: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(max(1, round(p / 100 * n)) for p in percents))
 
 
-def planned(options: Tokens, model) -> tuple[list, list]:
-    """(entries in the order of work, what does not fit)."""
+def planned(options: Tokens, model, runs=()) -> tuple[list, list]:
+    """(entries in the order of work, what does not fit). runs: trained methods (``boards.trained``)."""
     from benchmarks.boards import budgets, trained
     from jaxattn import registry
 
@@ -106,9 +108,8 @@ def planned(options: Tokens, model) -> tuple[list, list]:
     if "random" not in methods:
         methods = ("random", *methods)
     entries, unfit = budgets.plan(methods, order, model, positions=options.positions)
-    if options.trained:
-        more, not_met = trained.plan([trained.read(run) for run in options.trained], order, model, positions=options.positions)
-        entries, unfit = [*entries, *more], [*unfit, *not_met]
+    more, not_met = trained.plan(runs, order, model, positions=options.positions)
+    entries, unfit = [*entries, *more], [*unfit, *not_met]
     rank = {b: i for i, b in enumerate(order)}
     return sorted(entries, key=lambda e: -1 if e.method == budgets.FULL else rank[e.budget]), list(unfit)
 
@@ -116,6 +117,7 @@ def planned(options: Tokens, model) -> tuple[list, list]:
 # -------------------------------------------------------------------------------------------------------------- scenes
 def trained_models(options: Tokens) -> Iterator[tuple[str, str, Any]]:
     """(name, what identifies it, parameters) of each checkpoint."""
+    from benchmarks.boards.trained import answering
     from benchmarks.demo import trained
     from train.__main__ import run as train
     from train.checkpoints import load_params
@@ -131,10 +133,7 @@ def trained_models(options: Tokens) -> Iterator[tuple[str, str, Any]]:
             if train(config):
                 raise ValueError(f"{config.folder}: the training was stopped; the same command continues it")
             found = load_params(config.folder / "checkpoints")
-        params, record = found
-        config = record.get("config", {})
-        identity = f"step {record['step']} of {sorted(config.items())}"
-        yield f"seed{seed}", identity, {k: v for k, v in params.items() if k != "aux"}
+        yield f"seed{seed}", *answering(*found)
 
 
 def on_scenes(options: Tokens) -> int:
@@ -146,7 +145,8 @@ def on_scenes(options: Tokens) -> int:
 
     vocabulary = Vocabulary()
     model = tasks.scene_model(options.training(0), len(vocabulary))
-    entries, unfit = planned(options, model)  # mistakes are found before any training
+    taught = [trained.read(run) for run in options.trained]
+    entries, unfit = planned(options, model, taught)  # mistakes are found before any training
     if options.scenes < 1 or options.scenes % options.batch:
         raise ValueError(f"scenes: expected a multiple of the batch of {options.batch}, got {options.scenes}")
     checkpoints = list(trained_models(options))
@@ -159,16 +159,14 @@ def on_scenes(options: Tokens) -> int:
     store = outcomes.Store(options.out / "results")
     whole = [e for e in entries if e.method == budgets.FULL]
     folders = {name: options.training(int(name.removeprefix("seed"))).folder for name, _, _ in checkpoints}
-    runs = trained.by_checkpoint([trained.read(run) for run in options.trained], folders)
-
-    def go(checkpoints, entries):
-        board = scene_exam.Board(model, checkpoints, batches, store, options.rounds, options.show, say, runs)
-        return board.work(entries) if options.answer else board.read(entries)
-
-    full, *_ = go(checkpoints, whole)  # a model that has not learned a kind is not asked any further
+    runs = trained.by_checkpoint(taught, folders)
+    board = scene_exam.Board(model, checkpoints, batches, store, options.rounds, options.show, say, runs)
+    go = board.work if options.answer else board.read
+    full, *_ = go(whole)  # a model that has not learned a kind is not asked any further
     failed = {c[0]: ranking.unlearned(full["full", c[0]], exam) for c in checkpoints if ("full", c[0]) in full}
     fine = [c[0] for c in checkpoints if not failed.get(c[0])] or [c[0] for c in checkpoints]
-    found, costs, refused = go([c for c in checkpoints if c[0] in fine], entries)
+    board.checkpoints = [c for c in checkpoints if c[0] in fine]
+    found, costs, refused = go(entries)
     there = {e.label for e in entries if all((e.label, name) in found for name in fine)}
     refused += [Unfit(e.method, e.budget, "not answered yet") for e in entries if e.label not in there
                 and (e.method, e.budget) not in {(u.method, u.budget) for u in refused}]  # fmt: skip

@@ -30,6 +30,12 @@ class Run:
         return f"{budgets.name_of(self.method)} (trained)"
 
 
+def answering(params: Any, record: dict) -> tuple[str, Any]:
+    """(what identifies a finished training, the parameters that answer), of what a checkpoint holds."""
+    identity = f"step {record['step']} of {sorted((record.get('config') or {}).items())}"
+    return identity, {name: tree for name, tree in params.items() if name != "aux"}
+
+
 def read(folder: Path) -> Run:
     """The run in ``folder``."""
     params, record = methods.load(folder)
@@ -37,8 +43,7 @@ def read(folder: Path) -> Run:
     expect("trained", f"{folder}: a run of the task {config.get('task')}", "a run of vlm", config.get("task") == "vlm")
     ok = bool(config.get("tokens")) and bool(config.get("init"))
     expect("trained", f"{folder}: a run with --tokens {config.get('tokens')} --init {config.get('init')}", "both", ok)
-    identity = f"step {record['step']} of {sorted(config.items())}"
-    return Run(config["tokens"], Path(config["init"]), identity, {k: v for k, v in params.items() if k != "aux"})
+    return Run(config["tokens"], Path(config["init"]), *answering(params, record))
 
 
 def plan(runs: Sequence[Run], counts: Sequence[int], model, *, positions: str | None = None) -> tuple[list[Entry], list[Unfit]]:

@@ -113,6 +113,14 @@ def dispose(tokens: Tokens, keep: Array, rows: int, mode: str = "keep", position
     return reduce_keep(tokens, index, valid, positions=positions)
 
 
+def picked(picks: Array, count: Array, valid: Array) -> Array:
+    """bool [B, N]: the valid rows among the first ``count`` of ``picks`` int32 [B, k], in their order: of a greedy run, the
+    run of the smaller budget."""
+    n = valid.shape[1]
+    picks = jnp.where(jnp.arange(picks.shape[1]) < count, picks, n)
+    return jax.vmap(lambda p: jnp.zeros(n, bool).at[p].set(True, mode="drop"))(picks) & valid
+
+
 def follow_rows(values: Array, keep: Array, rows: int, mode: str = "keep") -> Array:
     """Values [B, N, ...] of the rows, as values of the rows that ``dispose`` leaves with the same arguments."""
     return values if mode == "mask" else gather_tokens(values, compact(keep, rows)[0])

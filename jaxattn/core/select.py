@@ -108,6 +108,13 @@ def greedy(gain, update, state, n: int, k: int, *, forbidden: Array | None = Non
     return jax.lax.scan(step, (state, taken), None, length=k)[1]
 
 
+def unit_rows(x: Array) -> Array:
+    """Rows of x with length 1 in at least float32; zero rows stay zero, with zero gradient."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+
+
 def diverse(x: Array, k: int, *, first, weight: Array | None = None, combine: str = "max",
             forbidden: Array | None = None) -> Array:
     """int32 [k]: greedy picks that are unlike those picked before, in their order.
@@ -120,10 +127,7 @@ def diverse(x: Array, k: int, *, first, weight: Array | None = None, combine: st
     """  # fmt: skip
     expect("combine", repr(combine), "'max' or 'sum'", combine in ("max", "sum"))
     expect("weight", "an array", "None with combine 'sum'", weight is None or combine == "max")
-    n = x.shape[0]
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.sum(x * x, -1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    n, x = x.shape[0], unit_rows(x)
     blank = jnp.full(n, -1.0 if combine == "max" else 0.0, x.dtype)
 
     def gain(state):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.select import gather_tokens, rank_of, scatter_tokens
+from jaxattn.core.select import gather_tokens, rank_of, scatter_tokens, unit_rows
 from jaxattn.core.types import Array, expect
 
 MODES = ("wavg", "mean", "target_plus_mean")
@@ -65,13 +65,6 @@ def merge_tokens(x: Array, slot: Array, n_slots: int, *, weight: Array | None = 
 
 
 # ----------------------------------------------------------------------------------------------------- makers of slots
-def _unit(x: Array) -> Array:
-    """Rows of x with length 1 in at least float32; zero rows stay zero, with zero gradient."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.sum(x * x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
-
-
 def bipartite(metric: Array, r: int, *, protect_first: int = 0, valid: Array | None = None):
     """Bipartite soft matching of ToMe (arXiv 2210.09461): even rows (a) merge into their most similar odd rows (b).
 
@@ -120,7 +113,7 @@ def bipartite_edges(metric: Array, *, protect_first: int = 0, valid: Array | Non
     expect("metric", f"{n} rows", "at least two", n >= 2)
     free = jnp.broadcast_to(jnp.arange(n) >= protect_first, (b, n))
     free = free if valid is None else free & valid
-    unit = _unit(metric)
+    unit = unit_rows(metric)
     similar = jnp.einsum("bid,bjd->bij", unit[:, ::2], unit[:, 1::2])
     similar = jnp.where(free[:, 1::2][:, None, :] & free[:, ::2][:, :, None], similar, -jnp.inf)
     return similar.max(-1), similar.argmax(-1).astype(jnp.int32)
@@ -180,7 +173,7 @@ def nearest(metric: Array, targets: Array, rest: Array, *, valid: Array | None =
     c = targets.shape[-1]
     targets = jnp.broadcast_to(targets, (b, c))
     valid = jnp.ones((b, c), bool) if valid is None else jnp.broadcast_to(valid, (b, c))
-    unit = _unit(metric)
+    unit = unit_rows(metric)
     similar = jnp.einsum("bnd,bcd->bnc", unit, gather_tokens(unit, targets))
     similar = jnp.where(valid[:, None, :], similar, -jnp.inf)
     slot = jnp.where(valid.any(-1, keepdims=True) & rest, similar.argmax(-1), -1).astype(jnp.int32)
@@ -198,7 +191,7 @@ def kmeans(x: Array, rest: Array, n_slots: int, steps: int = 10, *, metric: str 
     """
     expect("metric", repr(metric), "'cosine' or 'l2'", metric in ("cosine", "l2"))
     expect("n_slots", n_slots, f"between 1 and the {x.shape[1]} rows", 1 <= n_slots <= x.shape[1])
-    x = _unit(x) if metric == "cosine" else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = unit_rows(x) if metric == "cosine" else x.astype(jnp.promote_types(x.dtype, jnp.float32))
     start, live = strided(rest, n_slots)
 
     def assign(centres):

@@ -14,17 +14,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.reduce import check_budget, count_of, dispose, label, rows_left, valid_rows
-from jaxattn.core.select import diverse
+from jaxattn.core.reduce import check_budget, count_of, dispose, label, picked, rows_left, valid_rows
+from jaxattn.core.select import diverse, unit_rows
 from jaxattn.core.types import Array, Tokens, contract, expect, operand
 from jaxattn.registry import register
 
 
 def placed(tokens: Tokens, spread) -> Array:
     """[B, N, D + 4], rows whose inner products are (1 + spread) s_ij; without labels "row" and "col", unit rows."""
-    x = jax.lax.stop_gradient(tokens.x).astype(jnp.promote_types(tokens.x.dtype, jnp.float32))
-    square = jnp.sum(x * x, -1, keepdims=True)
-    parts, valid = [x * jax.lax.rsqrt(jnp.where(square > 0, square, 1))], valid_rows(tokens)
+    x, valid = unit_rows(jax.lax.stop_gradient(tokens.x)), valid_rows(tokens)
+    parts = [x]
     for axis in ("row", "col"):
         if axis in tokens.meta.labels:
             place = label(tokens, axis)
@@ -56,10 +55,7 @@ class _KCenter:
         middle = jnp.where(live, rows, 0).sum(1, keepdims=True) / jnp.maximum(live.sum(1, keepdims=True), 1)
         first = jnp.argmin(jnp.where(valid, jnp.sum(rows * middle, -1), jnp.inf), axis=-1)
         picks = jax.vmap(lambda z, p, ok: diverse(z, k, first=p, forbidden=~ok))(rows, first, valid)
-        # The first picks of a longer greedy run are the run of the smaller budget.
-        picks = jnp.where(jnp.arange(k) < count, picks, n)
-        keep = jax.vmap(lambda p: jnp.zeros(n, bool).at[p].set(True, mode="drop"))(picks) & valid
-        return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {}
+        return dispose(tokens, picked(picks, count, valid), self.rows(n), self.mode, self.positions), state, {}
 
 
 @register("tokens")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.reduce import check_budget, count_of, dispose, rows_left, valid_rows
+from jaxattn.core.reduce import check_budget, count_of, dispose, picked, rows_left, valid_rows
 from jaxattn.core.select import greedy
 from jaxattn.core.types import Array, Need, Tokens, contract, expect, operand
 from jaxattn.registry import register
@@ -142,15 +142,12 @@ class _MMTok:
 
         def one(text, x, c, text_valid, valid):
             coverage = mmtok_coverage(text, x, c, text_valid=text_valid, valid=valid, **taus)
-            picks = mmtok_picks(coverage, k, forbidden=~valid)
-            # The first picks of a longer greedy run are the run of the smaller budget.
-            picks = jnp.where(jnp.arange(k) < count, picks, n)
-            return jnp.zeros(n, bool).at[picks].set(True, mode="drop") & valid
+            return mmtok_picks(coverage, k, forbidden=~valid)
 
         # Only numbers of rows leave: no gradient to carry through k steps.
         words, x, features = jax.lax.stop_gradient((words, tokens.x, features))
-        keep = jax.vmap(one)(words, x, features, wanted, valid)
-        return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {}
+        picks = jax.vmap(one)(words, x, features, wanted, valid)
+        return dispose(tokens, picked(picks, count, valid), self.rows(n), self.mode, self.positions), state, {}
 
 
 @register("tokens")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxattn.core.attend import attend
 from jaxattn.core.reduce import check_budget, choose, count_of, dispose, rows_left, valid_rows
+from jaxattn.core.select import unit_rows
 from jaxattn.core.types import Array, Meta, Spec, contract, expect, operand
 from jaxattn.registry import register
 
@@ -33,9 +34,7 @@ def textmonkey_redundancy(x: Array, *, valid: Array | None = None, tile: int = T
     """
     b, n, d = x.shape
     valid = jnp.ones((b, n), bool) if valid is None else jnp.broadcast_to(valid, (b, n))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.square(wide).sum(-1, keepdims=True)
-    unit = wide * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    unit = unit_rows(x)
     tile = min(tile, n)
     steps = -(-n // tile)
     rows = jnp.pad(unit, [(0, 0), (0, steps * tile - n), (0, 0)])

@@ -23,6 +23,7 @@ from jaxattn.core.reduce import (
     dispose,
     evidence_rows,
     label,
+    picked,
     reduce_mask,
     rows_left,
     valid_rows,
@@ -98,10 +99,7 @@ class _ToDRE:
         count, k = count_of(params, n), min(rows_left(self.keep, n, "keep"), n)
         x = jax.lax.stop_gradient(tokens.x)
         picks = jax.vmap(lambda z, p, ok: todre_picks(z, p, k, combine=self.combine, valid=ok))(x, pivot, valid)
-        # The first picks of a longer greedy run are the run of the smaller budget.
-        picks = jnp.where(jnp.arange(k) < count, picks, n)
-        keep = jax.vmap(lambda p: jnp.zeros(n, bool).at[p].set(True, mode="drop"))(picks) & valid
-        return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {"pivot": pivot}
+        return dispose(tokens, picked(picks, count, valid), self.rows(n), self.mode, self.positions), state, {"pivot": pivot}
 
 
 @register("tokens")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.reduce import check_budget, count_of, dispose, rows_left, valid_rows
+from jaxattn.core.reduce import check_budget, count_of, dispose, picked, rows_left, valid_rows
 from jaxattn.core.select import diverse
 from jaxattn.core.types import Array, Need, contract, expect, operand
 from jaxattn.registry import register
@@ -99,10 +99,7 @@ class _ZOOPrune:
         scores = sensitivity(project, features, u, params["h"])
         x = jax.lax.stop_gradient(tokens.x)
         picks = jax.vmap(lambda s, z, ok: zoo_prune_picks(s, z, k, valid=ok))(scores, x, valid)
-        # The first picks of a longer greedy run are the run of the smaller budget.
-        picks = jnp.where(jnp.arange(k) < count, picks, n)
-        keep = jax.vmap(lambda p: jnp.zeros(n, bool).at[p].set(True, mode="drop"))(picks) & valid
-        return dispose(tokens, keep, self.rows(n), self.mode, self.positions), state, {"scores": scores}
+        return dispose(tokens, picked(picks, count, valid), self.rows(n), self.mode, self.positions), state, {"scores": scores}
 
 
 @register("tokens")

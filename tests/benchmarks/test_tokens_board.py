@@ -156,6 +156,7 @@ def test_mistakes_are_found_before_any_training(tmp_path, capsys):
         (["--budgets", "120"], "expected percent in (0, 100], got 120"),
         (["--scenes", "30"], "expected a multiple of the batch of 20, got 30"),
         (["--model", str(tmp_path)], "model, data: expected both or neither"),
+        (["--model", "m", "--data", "d", "--trained", "r"], "trained: expected none with --model"),
         (["--no-train"], "expected a trained model in"),
     ):
         assert main(["tokens", *where, *flags]) == 1
