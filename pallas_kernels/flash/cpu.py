@@ -25,7 +25,8 @@ from pallas_kernels.flash.lists import full_entries
 
 KEYS, TABLE = 2048, 1 << 18  # keys and scores of one softmax; longer lists are merged group by group
 ROWS = 128  # query rows that heads of one kv head share a step up to
-SCORES = 1 << 20  # of a step on a device with several cores
+SCORES = 1 << 18  # of a step on a device with several cores
+STEPS = 128  # of a walk from which on a second one without tests is worth its compilation
 FEW, BESIDE, SLAB = 16, 8, 1 << 17  # rows of a kv head, heads, and floats of keys that are read side by side
 COPY = 2  # times that lists must read a head's keys before laying them out pays
 BACKWARD = 512  # keys of a list up to which the gradient, too, goes head by head; beyond, heads together measured faster
@@ -239,6 +240,14 @@ def _walk(p: _Plan, step, init, k, v):
     return loop(p.outer, heads, init)
 
 
+def _untested(p: _Plan, opt, kinds, walk):
+    """``walk(kinds)``, or ``walk(None)`` where all steps turn out to be whole: a switch in every step makes products of
+    several cores a tenth slower. Lists under a mask nearly always have a step to test."""
+    if opt.mask is not None or p.outer * p.inner < STEPS:
+        return walk(kinds)
+    return lax.cond((kinds == WHOLE).all(), lambda: walk(None), lambda: walk(kinds))
+
+
 def _read(at: _Place, j, q, k, v, facts, opt):
     """What group ``j`` of a step reads, as ``xla._step_inputs`` gives it, and the list's units; the integers as a function,
     because most steps need none."""
@@ -266,11 +275,14 @@ def _read(at: _Place, j, q, k, v, facts, opt):
 
 
 def _by_kind(at: _Place, kinds, j, f, diff, v, ints, opt):
-    """``f(diff, v, ints, ok)`` with ``ok`` None where nothing needs a test."""
-    kind = lax.dynamic_index_in_dim(at.row(kinds), j, 3, keepdims=False).max()  # the most careful of the heads
+    """``f(diff, v, ints, ok)`` with ``ok`` None where nothing needs a test; ``kinds`` None: nowhere."""
 
     def whole(diff, v):
         return f(diff, v, {} if opt.score_mod is None else ints(), None)
+
+    if kinds is None:
+        return whole(diff, v)
+    kind = lax.dynamic_index_in_dim(at.row(kinds), j, 3, keepdims=False).max()  # the most careful of the heads
 
     def tested(diff, v):
         found = ints()
@@ -300,7 +312,7 @@ def _forward(o: dict, opt):
     q, k, v = _rows(p, opt.tile, o["q"]), _units(p, opt.unit, o["k"]), _units(p, opt.unit, o["v"])
     facts, kinds = _facts(o, opt, p), _kinds(o, opt, p)
 
-    def step(at, k, v, outputs):
+    def step(kinds, at, k, v, outputs):
         query = at.query(q)
 
         def body(j, carry):
@@ -317,7 +329,8 @@ def _forward(o: dict, opt):
 
     shape = (p.b, p.tiles, opt.tile, h)
     init = varying((jnp.zeros((*shape, dv), o["v"].dtype), jnp.zeros((*shape, 1), acc)), o)
-    out, lse = _walk(p, step, init, k, v)
+    walk = lambda kinds: _walk(p, functools.partial(step, kinds), init, k, v)  # noqa: E731
+    out, lse = _untested(p, opt, kinds, walk)
     return out.reshape(b, -1, h, dv)[:, :n], lse.reshape(b, -1, h)[:, :n]
 
 
@@ -337,7 +350,7 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
     cotangents |= {x: _rows(p, opt.tile, a[..., None]) for x, a in (("delta", delta), ("lse", lse))}
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, acc))
 
-    def step(at, k, v, totals):
+    def step(kinds, at, k, v, totals):
         query = at.query(q)
         row = {x: at.query(a) for x, a in cotangents.items()}
         row |= {x: row[x][..., 0] for x in ("delta", "lse")}
@@ -364,7 +377,8 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
         return at.put_query(totals[0], dq), *rest
 
     init = varying((jnp.zeros_like(q), zeros(rows), zeros(keys), zeros(per_query), *zeros((k, v))), o)
-    dq, d_rows, d_keys, d_tables, dk, dv = _walk(p, step, init, k, v)
+    walk = lambda kinds: _walk(p, functools.partial(step, kinds), init, k, v)  # noqa: E731
+    dq, d_rows, d_keys, d_tables, dk, dv = _untested(p, opt, kinds, walk)
     dq = dq.reshape(b, -1, h, d)[:, :n]
     dk, dv = (x.reshape(b, -1, g, x.shape[3])[:, :m] for x in (dk, dv))
     return (dq, dk, dv), (d_rows, d_keys, d_tables)

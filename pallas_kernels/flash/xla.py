@@ -152,13 +152,18 @@ def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
     """Products against key tiles that carry the r axis (per-query-head lists) or not, or all heads side by side."""
     if b.shape[1] != a.shape[1]:
         return _scores_beside(a, b[0, 0, 0], acc) if spec_shared.endswith("u") else _values_beside(a, b[0, 0, 0], acc)
-    if a.shape[:2] == (1, 1) and b.shape[:3] == (1, 1, 1):  # of one head: XLA on CPU transposes operands with batch axes
-        over = ((1,), (1 if spec_shared.endswith("u") else 0,))
-        s = lax.dot_general(a.reshape(-1, a.shape[-1]), b[0, 0, 0], (over, ((), ())), preferred_element_type=acc)
+    if a.shape[0] == b.shape[0] == b.shape[2] == 1:  # of one batch row: XLA on CPU is slower with axes it does not need
+        over = (((2,), (2 if spec_shared.endswith("u") else 1,)), ((0,), (0,)))
+        s = lax.dot_general(_flat(a), b[0, :, 0], over, preferred_element_type=acc)
         return s.reshape(*a.shape[:-1], s.shape[-1])
     if b.shape[2] == 1:
         return jnp.einsum(spec_shared, a, b[:, :, 0], preferred_element_type=acc)
     return jnp.einsum(spec_per_row, a, b, preferred_element_type=acc)
+
+
+def _flat(x):
+    """[1, g, r, t, d] -> [g, r * t, d]."""
+    return x.reshape(x.shape[1], -1, x.shape[-1])
 
 
 def _scores_beside(q, k, acc):
@@ -427,10 +432,10 @@ def pair(row: dict, s, ok, v, opt, acc):
     else:
         p = jnp.exp(see(s, -jnp.inf) - row["lse"][..., None])
         ds = p * (dp - row["delta"][..., None])
-    if do.shape[:2] == (1, 1) and v.shape[:3] == (1, 1, 1):
-        rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        over = (((0,), (0,)), ((), ()))  # the small side first: a first operand that is transposed is slow on CPU
-        return ds, lax.dot_general(rows(do), rows(p.astype(do.dtype)), over, preferred_element_type=acc).T.reshape(v.shape)
+    if do.shape[0] == v.shape[0] == v.shape[2] == 1:
+        over = (((1,), (1,)), ((0,), (0,)))  # the small side first: a first operand that is transposed is slow on CPU
+        dv = lax.dot_general(_flat(do), _flat(p.astype(do.dtype)), over, preferred_element_type=acc)
+        return ds, dv.swapaxes(1, 2).reshape(v.shape)
     spec = "bgrtu,bgrtd->bgud" if v.shape[2] == 1 else "bgrtu,bgrtd->bgrud"
     return ds, jnp.einsum(spec, p.astype(do.dtype), do, preferred_element_type=acc).reshape(v.shape)
 
