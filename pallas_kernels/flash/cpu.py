@@ -113,8 +113,9 @@ def _units(p: _Plan, unit: int, x):
 def _facts(o: dict, opt, p: _Plan):
     """All but q, k and v, as ``xla`` arranges it: (rows, keys, per_query, q_ints, k_ints, lists)."""
     bare = {x: o[x][..., :0] for x in "qkv"}
-    rows, keys, *rest = xla._arrange(o | bare, dataclasses.replace(opt, step=p.group))
-    return {"row": rows["row"]}, {x: a for x, a in keys.items() if x not in "kv"}, *rest
+    rows, keys, per_query, q_ints, k_ints, lists = xla._arrange(o | bare, dataclasses.replace(opt, step=p.group))
+    k_ints = k_ints | {"valid": lax.optimization_barrier(k_ints["valid"])}  # else XLA fills a constant one anew in every step
+    return {"row": rows["row"]}, {x: a for x, a in keys.items() if x not in "kv"}, per_query, q_ints, k_ints, lists
 
 
 def _kinds(o: dict, opt, p: _Plan):
@@ -242,8 +243,10 @@ def _walk(p: _Plan, step, init, k, v):
 
 def _untested(p: _Plan, opt, kinds, walk):
     """``walk(kinds)``, or ``walk(None)`` where all steps turn out to be whole: a switch in every step makes products of
-    several cores a tenth slower. Lists under a mask nearly always have a step to test."""
-    if opt.mask is not None or p.outer * p.inner < STEPS:
+    several cores a tenth slower, and keeps a single row from reading keys where they lie. Lists under a mask nearly always
+    have a step to test; long ones see to it group by group (``_loop``)."""
+    single = math.prod(p.heads) * opt.tile == 1
+    if opt.mask is not None or p.groups > 1 or not single and p.outer * p.inner < STEPS:
         return walk(kinds)
     return lax.cond((kinds == WHOLE).all(), lambda: walk(None), lambda: walk(kinds))
 
@@ -295,12 +298,16 @@ def _by_kind(at: _Place, kinds, j, f, diff, v, ints, opt):
     return lax.switch(kind, (whole, tested, repaired), diff, v)
 
 
-def _loop(at: _Place, lists, body, carry):
-    """Run ``body(j, carry)`` over the groups of a step, stopping at the largest count."""
+def _loop(at: _Place, kinds, lists, body, carry):
+    """Run ``body(kinds, j, carry)`` over the groups of a step, stopping at the largest count: without a test as far as all
+    of them are whole, which in most long lists are all but the last."""
     if at.p.groups == 1:
-        return body(0, carry)
-    most = at.row(lists["count"]).max()
-    return lax.fori_loop(0, (most + at.p.group - 1) // at.p.group, body, carry)
+        return body(kinds, 0, carry)
+    most = (at.row(lists["count"]).max() + at.p.group - 1) // at.p.group
+    tested = (at.row(kinds) != WHOLE).any((0, 1, 2))
+    first = jnp.minimum(jnp.where(tested.any(), tested.argmax(), at.p.groups), most).astype(most.dtype)
+    carry = lax.fori_loop(0, first, functools.partial(body, None), carry)
+    return lax.fori_loop(first, most, functools.partial(body, kinds), carry)
 
 
 # ------------------------------------------------------------------------------------------------------------ forward
@@ -315,7 +322,7 @@ def _forward(o: dict, opt):
     def step(kinds, at, k, v, outputs):
         query = at.query(q)
 
-        def body(j, carry):
+        def body(kinds, j, carry):
             diff, values, ints, _ = _read(at, j, query, k, v, facts, opt)
 
             def add(diff, values, ints, ok):
@@ -324,7 +331,7 @@ def _forward(o: dict, opt):
             return _by_kind(at, kinds, j, add, diff, values, ints, opt)
 
         carry = None if p.groups == 1 else varying(xla.nothing((1, *p.heads, opt.tile), dv, acc), o)
-        out, lse = xla.finish(_loop(at, facts[-1], body, carry), opt)
+        out, lse = xla.finish(_loop(at, kinds, facts[-1], body, carry), opt)
         return at.put_query(outputs[0], out), at.put_query(outputs[1], lse[..., None])
 
     shape = (p.b, p.tiles, opt.tile, h)
@@ -355,7 +362,7 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
         row = {x: at.query(a) for x, a in cotangents.items()}
         row |= {x: row[x][..., 0] for x in ("delta", "lse")}
 
-        def body(j, carry):
+        def body(kinds, j, carry):
             dq, d_rows, d_keys, d_tables, dk, dv = carry
             diff, values, ints, index = _read(at, j, query, k, v, facts, opt)
 
@@ -373,7 +380,7 @@ def _backward(o: dict, opt, out, lse, d_out, d_lse):
             dk, dv = at.add_key(dk, index, grads["k"]), at.add_key(dv, index, d_values)
             return dq + grads["q"].astype(acc), d_rows, d_keys, d_tables, dk, dv
 
-        dq, *rest = _loop(at, facts[-1], body, (varying(jnp.zeros(query.shape, acc), o), *totals[1:]))
+        dq, *rest = _loop(at, kinds, facts[-1], body, (varying(jnp.zeros(query.shape, acc), o), *totals[1:]))
         return at.put_query(totals[0], dq), *rest
 
     init = varying((jnp.zeros_like(q), zeros(rows), zeros(keys), zeros(per_query), *zeros((k, v))), o)

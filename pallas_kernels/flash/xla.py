@@ -152,9 +152,13 @@ def _dot(a, b, spec_shared: str, spec_per_row: str, acc):
     """Products against key tiles that carry the r axis (per-query-head lists) or not, or all heads side by side."""
     if b.shape[1] != a.shape[1]:
         return _scores_beside(a, b[0, 0, 0], acc) if spec_shared.endswith("u") else _values_beside(a, b[0, 0, 0], acc)
+    scores = spec_shared.endswith("u")
     if a.shape[0] == b.shape[0] == b.shape[2] == 1:  # of one batch row: XLA on CPU is slower with axes it does not need
-        over = (((2,), (2 if spec_shared.endswith("u") else 1,)), ((0,), (0,)))
-        s = lax.dot_general(_flat(a), b[0, :, 0], over, preferred_element_type=acc)
+        if scores and a.size == a.shape[-1]:  # one row: the product with turned keys is fused with their fetching
+            s = jnp.dot(a.reshape(1, -1), b[0, 0, 0].T, preferred_element_type=acc)
+        else:
+            over = (((2,), (2 if scores else 1,)), ((0,), (0,)))
+            s = lax.dot_general(_flat(a), b[0, :, 0], over, preferred_element_type=acc)
         return s.reshape(*a.shape[:-1], s.shape[-1])
     if b.shape[2] == 1:
         return jnp.einsum(spec_shared, a, b[:, :, 0], preferred_element_type=acc)

@@ -32,6 +32,37 @@ def test_head_by_head_is_the_reference(rng, monkeypatch, name):
     compare(cpu.flash, lists.clean(o, opt), opt, 1e-5)
 
 
+@pytest.mark.parametrize("short", (False, True))
+@pytest.mark.parametrize("n", (32, 1))
+def test_walks_without_a_test(rng, monkeypatch, n, short):
+    """Lists that are whole everywhere are walked without looking, and with care as soon as one entry is not in use: a NaN
+    in its unit reaches nobody."""
+    monkeypatch.setattr(cpu, "STEPS", 1)
+    o, opt = call(rng, n=n, m=40, h=2, g=2, tile=min(n, 8), unit=8, hs=2, k=3)
+    o["count"] = jnp.full_like(o["count"], 3)
+    o["index"] = jnp.broadcast_to(jnp.asarray([0, 2, 4]), o["index"].shape).astype(jnp.int32)
+    if short:
+        o["count"] = o["count"].at[0, 1, -1].set(2)
+    assert "cond" in str(jax.make_jaxpr(lambda o: cpu.flash(lists.clean(o, opt), opt))(o))
+    compare(cpu.flash, lists.clean(o, opt), opt, 1e-5)
+    bad = o | {"v": o["v"].at[:, 33].set(jnp.nan)}  # in the third unit
+    out, lse = jax.jit(lambda o: cpu.flash(lists.clean(o, opt), opt))(bad)
+    hidden = np.zeros((n, 2), bool)
+    hidden[-min(n, 8) :, 1] = short
+    np.testing.assert_array_equal(np.isfinite(out[0]).all(-1), hidden)
+
+
+@pytest.mark.parametrize("count", (5, 4, 1, 0))
+def test_long_lists_are_tested_from_the_first_group_that_needs_it(rng, monkeypatch, count):
+    """Groups of one unit under a causal mask: the first ones are whole, the diagonal is not; and lists that end early."""
+    monkeypatch.setattr(cpu, "KEYS", 8)
+    o, opt = call(rng, n=16, m=40, h=2, g=1, tile=8, unit=8, mask=masks.causal())
+    o["index"] = jnp.broadcast_to(jnp.arange(5), o["index"].shape).astype(jnp.int32)
+    o["count"] = o["count"].at[...].set(count)
+    assert cpu._plan(o, opt).groups == 5
+    compare(cpu.flash, lists.clean(o, opt), opt, 1e-5)
+
+
 def test_a_mesh_of_cores_changes_nothing(rng):
     """Under a mesh that batch and heads divide over, every device walks its own heads; the result is the unsharded one."""
     o, opt = call(rng, n=32, m=48, b=2, h=4, g=2, tile=16, unit=16, hs=2, k=2, mask=masks.causal())
