@@ -61,8 +61,8 @@ results; its rows leave that kernel out.
 LAYOUTS = """Temp is told with arguments and results as arrays lie by default (heads after tokens: the kernels' order is made by
 copies), and with layouts free: the compiler chooses them, as it does between the matrix products of a model, and a
 transposition is no copy. What is left then: flash and profile hold their lists, the same lists by unit, and sums per row;
-gather packs k and v of a key into one row, so that a token is one copy, sums the gradients of keys in float32, and has the
-tables of a chunk of rows, of one size at every length; linear and indexer hold next to nothing.
+gather, one kv head at a time, packs k and v of a key into one row, so that a token is one copy, and sums the gradients of
+keys in float32; linear and indexer hold next to nothing.
 """
 
 

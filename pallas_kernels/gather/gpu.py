@@ -362,7 +362,7 @@ def _finish(o: dict, s: Shape, totals: dict):
 
 def _body(interpret) -> Body:
     return Body(_keys, functools.partial(_forward, interpret=interpret), functools.partial(_backward, interpret=interpret),
-                _zeros, _finish, lambda o, opt, s: 0, False)  # fmt: skip
+                _zeros, _finish, lambda o, opt, s: 0, False, False)  # fmt: skip
 
 
 BODIES = {interpret: _body(interpret) for interpret in (False, True)}

@@ -2,7 +2,7 @@
 
 Arrays are arranged as [b, g, r, rows, tile, ...] with H = g * r and N = rows * tile: one list of a (head, row) serves
 ``tile`` queries. Visibility, masks, biases and weights of the listed keys become one table ``add`` of logits to add (-inf:
-hidden), made row chunk by row chunk, so that kernels know q, k, v, slots and ``add`` alone.
+hidden), made part by part, so that kernels know q, k, v, slots and ``add`` alone.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash.xla import _fetch
 
-TABLE = 2**24  # entries of a chunk's table of additions
+TABLE = 2**24  # entries of a part's table of additions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,40 +174,72 @@ def turns(o: dict, s: Shape):
     return jnp.broadcast_to(total, (*total.shape[:4], s.length))
 
 
-# ------------------------------------------------------------------------------------------------------------- chunks
+# -------------------------------------------------------------------------------------------------------------- parts
 
-BY_ROW = {"index": 2, "count": 2, "bounds": 2, "log_weight": 2, "pos": 2}
+ROWS, KEYS = ("q", "do", "lse", "delta"), ("k", "v", "key_bias")  # [B, N, H, ...], [B, M, 1|G|H, ...]
+LISTS = ("index", "count", "bounds", "log_weight", "pos")  # [B|1, Hs, 1|N, ...]
 
 
-def rows_per_chunk(o: dict, opt, s: Shape, limit: int) -> int:
-    """Queries of a chunk: its tables hold at most about TABLE entries, and at most ``limit`` queries (0: any)."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """``size`` queries from ``start`` on, of ``heads`` kv heads from ``head`` on; start and head may be traced."""
+
+    s: Shape
+    start: jax.Array | int
+    size: int
+    head: jax.Array | int
+    heads: int
+
+    def _heads(self, n: int) -> tuple:
+        """(start, size) of an axis of 1, G or H heads."""
+        if n == 1 or self.heads == self.s.g:
+            return 0, n
+        return self.head * (n // self.s.g), self.heads * (n // self.s.g)
+
+    def place(self, shape, rows: int | None, heads: int | None) -> tuple:
+        """(starts, sizes) in an array whose axes of queries and of heads are given."""
+        at = {axis: (0, n) for axis, n in enumerate(shape)}
+        at |= {} if heads is None else {heads: self._heads(shape[heads])}
+        at |= {} if rows is None or shape[rows] != self.s.n else {rows: (self.start, self.size)}
+        return tuple(zip(*at.values(), strict=True))
+
+    def take(self, x, rows: int | None, heads: int | None):
+        starts, sizes = self.place(x.shape, rows, heads)
+        return x if sizes == x.shape else lax.dynamic_slice(x, starts, sizes)
+
+    def put(self, total, x, rows: int | None, heads: int | None, *, add: bool = False):
+        starts, sizes = self.place(total.shape, rows, heads)
+        x = x.astype(total.dtype)
+        if sizes == total.shape and not add:
+            return x
+        x = x + lax.dynamic_slice(total, starts, sizes) if add else x
+        return lax.dynamic_update_slice(total, x, starts)
+
+    def of_keys(self, o: dict) -> dict:
+        """What belongs to keys."""
+        found = {x: self.take(o[x], None, 2) for x in KEYS if o.get(x) is not None}
+        facts = lambda x: self.take(x, None, 1 if x.ndim == 3 else None)  # noqa: E731
+        found |= {x: facts(o[x]) for x in ("k_valid", "k_rope") if o.get(x) is not None}
+        return found | {"k_fields": {name: facts(x) for name, x in o.get("k_fields", {}).items()}}
+
+    def of_rows(self, o: dict) -> dict:
+        """What belongs to queries and their lists."""
+        found = {x: self.take(o[x], 1, 2) for x in ROWS if x in o}
+        found |= {x: self.take(o[x], 2 if self.s.rows > 1 else None, 1) for x in LISTS if o.get(x) is not None}
+        fields = {x: self.take(a, a.ndim - 1, 1 if a.ndim == 3 else None) for x, a in o.get("q_fields", {}).items()}
+        return found | {"q_fields": fields}
+
+    def new(self, done):
+        """bool [size]: queries that no part before this one had, of which there were ``done``."""
+        return self.start + jnp.arange(self.size) >= done
+
+
+def rows_per_part(o: dict, opt, s: Shape, limit: int) -> int:
+    """Queries of a part: its tables hold at most about TABLE entries, and at most ``limit`` queries (0: any)."""
     table = opt.mask is not None or (s.rows > 1 and any(o.get(x) is not None for x in ("k_valid", "key_bias", "bounds")))
     per_row = s.b * (1 if s.full else o["index"].shape[1]) * s.length * (s.h if opt.sums else 1)
     size = s.n if not table and not opt.sums else max(1, TABLE // per_row)
     return min(s.n, size, limit or s.n)
-
-
-def chunked(o: dict, s: Shape, size: int) -> dict:
-    """The operands that belong to rows, as [chunks, ..., size rows, ...]; the last chunk is filled with empty rows."""
-    chunks = -(-s.n // size)
-
-    def cut(x, axis: int):
-        x = jnp.moveaxis(x, axis, 0)
-        x = jnp.pad(x, [(0, chunks * size - s.n)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
-        return jnp.moveaxis(x, 1, axis + 1)
-
-    out = {x: cut(o[x], 1) for x in ("q", "do", "out", "lse", "d_lse") if x in o}
-    if s.rows > 1:
-        out |= {x: cut(o[x], axis) for x, axis in BY_ROW.items() if o.get(x) is not None}
-    if o.get("q_fields"):
-        out["q_fields"] = {name: cut(x, x.ndim - 1) for name, x in o["q_fields"].items()}
-    return out
-
-
-def together(x, s: Shape, axis: int):
-    """[chunks, ..., size, ...] back as [..., N, ...]."""
-    x = jnp.moveaxis(x, axis + 1, 1)
-    return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[: s.n], 0, axis)
 
 
 # ------------------------------------------------------------------------------------------------------- what comes back

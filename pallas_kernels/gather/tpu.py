@@ -4,7 +4,7 @@ Units that are whole tiles of memory (8 keys, 16 in bfloat16) are copied as they
 lists copies the tile around each token and hides the others: 2 x 8 (16) rows per token, no pass over the cache. Token lists
 of many queries are worth one pass over the keys that puts k and v of a key in one row: then a token is one copy, and
 issuing copies, a few tens of scalar instructions each, is what such a call costs: about 25 ns a token at 1 GHz, whatever
-the head size. The gradient of the form without lists runs in XLA, as do products of float64.
+the head size. Such calls take one kv head and ``PART`` listed keys at a time, so that rows, sums and tables are small. The gradient of the form without lists runs in XLA, as do products of float64.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pallas_kernels.gather.tpu_kernels import LANES, Plan
 KEYS, PACKED_KEYS, FULL_KEYS = 512, 256, 2048  # per loop step, or per block of all keys
 STRETCH = 2048  # listed keys (at least a loop step) per grid step
 LISTS = 8  # per grid step, where every query has its own
+PART = 2**22  # listed keys of a call where every query has its own: tables of all are written out for it
 VMEM_LIMIT = 48 * 2**20
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -264,13 +265,13 @@ def _finish(o: dict, s: Shape, totals: dict):
 
 
 def _rows_at_once(o: dict, opt, s: Shape) -> int:
-    return 0 if s.rows == 1 else max(LISTS, lists.TABLE // (s.length * o["index"].shape[1]) // LISTS * LISTS)
+    return 0 if s.rows == 1 else max(LISTS, PART // (s.length * o["index"].shape[1]) // LISTS * LISTS)
 
 
 @functools.cache
 def _body(interpret) -> Body:
     return Body(_keys, functools.partial(_forward, interpret=interpret), functools.partial(_backward, interpret=interpret),
-                _zeros, _finish, _rows_at_once, True)  # fmt: skip
+                _zeros, _finish, _rows_at_once, True, True)  # fmt: skip
 
 
 def _by_tiles(o: dict, opt, body: Body):

@@ -263,7 +263,7 @@ def _backward(s: Shape, opt, rows: dict, keys: dict, totals: dict, wants: bool):
     return dq, None if d_add is None else d_add[..., : s.length], totals
 
 
-BODY = Body(_keys, _forward, _backward, _zeros, _finish_totals, _rows_at_once, True)
+BODY = Body(_keys, _forward, _backward, _zeros, _finish_totals, _rows_at_once, True, False)
 
 
 def gather(o: dict, opt):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn.core import mask as masks
 from pallas_kernels import gather as op
-from pallas_kernels.gather import lists, reference, xla
+from pallas_kernels.gather import body, lists, reference, xla
 from tests.pallas_kernels.gather.calls import CALLS, call, check_hidden, compare
 
 
@@ -16,8 +17,8 @@ def test_values_and_gradients_are_the_references(rng, name):
     compare(xla.gather, o, opt, 2e-2 if CALLS[name].get("dtype") == jnp.bfloat16 else 1e-5)
 
 
-def test_chunks_of_rows_and_steps_of_entries_change_nothing(rng, monkeypatch):
-    """Lists read 4 entries at a time, and rows 3 at a time, the last chunk and the last step being part empty."""
+def test_parts_of_rows_and_steps_of_entries_change_nothing(rng, monkeypatch):
+    """Lists read 4 entries at a time, and rows 3 at a time, the last part reaching back and the last step being part empty."""
     monkeypatch.setattr(xla, "KEYS", 4)
     monkeypatch.setattr(xla, "FETCHED", 3 * 2 * 2 * 4 * 16)
     monkeypatch.setattr(xla, "CUT", (32, 16))
@@ -26,6 +27,25 @@ def test_chunks_of_rows_and_steps_of_entries_change_nothing(rng, monkeypatch):
     assert xla._rows_at_once(o, opt, lists.shape_of(o, opt)) == 3
     compare(xla.gather, o, opt, 1e-5)
     compare(xla.gather, *call(rng, n=2, m=64, h=2, g=1, rope="half", key_bias=1), 1e-5)
+
+
+ONE_HEAD = {
+    "lists, biases and sums of kv heads": dict(
+        b=2, h=4, g=2, hs=2, key_bias=2, log_weight=True, sums="kv", pos=True, rope="half"
+    ),
+    "of query heads": dict(b=2, h=4, g=2, hs=4, key_bias=4, log_weight=True, sums="heads", mask=masks.causal()),
+    "shared, keys of a pool": dict(b=2, h=4, g=2, pool=True, valid=False, bounds=True, unit=2),
+    "a bias of all heads": dict(h=2, g=2, key_bias=1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_HEAD)
+def test_heads_one_by_one_change_nothing(rng, monkeypatch, name):
+    """Many lists are computed a kv head and a few queries at a time; the last part reaches back over rows that are done."""
+    monkeypatch.setattr(body, "ALONE", 1)
+    alone = xla.BODY._replace(by_head=True, rows_at_once=lambda o, opt, s: 4)
+    o, opt = call(rng, n=10, m=30, own=True, k=5, **ONE_HEAD[name])
+    compare(lambda o, opt: body.run(alone, o, opt), o, opt, 1e-5)
 
 
 def test_lists_in_use_decide_and_nothing_else(rng):
