@@ -41,7 +41,8 @@ class Kernels:
     memory: tuple[int, ...] = (32768, 65536, 131072)
     """Lengths whose memory is looked up in the compiled programs; none is run."""
     out: Path = Path("benchmarks/results")
-    """Folder of the files, whose names carry the platform and the date."""
+    """Folder of the files, whose names carry the platform and the date, and a CPU's one device, which nobody asks for but
+    ``JAX_NUM_CPU_DEVICES=1``."""
 
 
 def run(options: Kernels) -> int:
@@ -65,7 +66,8 @@ def run(options: Kernels) -> int:
         "memory": {str(n): x for n, x in held.items()},
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels-{backend}-{record['date']}"
+    alone = "-one-device" if backend == "cpu" and jax.device_count() == 1 else ""
+    path = options.out / f"kernels-{backend}{alone}-{record['date']}"
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(record))
     picture(record, path.with_suffix(".png"))

@@ -4,7 +4,8 @@ Units that are whole tiles of memory (8 keys, 16 in bfloat16) are copied as they
 lists copies the tile around each token and hides the others: 2 x 8 (16) rows per token, no pass over the cache. Token lists
 of many queries are worth one pass over the keys that puts k and v of a key in one row: then a token is one copy, and
 issuing copies, a few tens of scalar instructions each, is what such a call costs: about 25 ns a token at 1 GHz, whatever
-the head size. Such calls take one kv head and ``PART`` listed keys at a time, so that rows, sums and tables are small. The gradient of the form without lists runs in XLA, as do products of float64.
+the head size. Such calls take one kv head and ``PART`` listed keys at a time, so that rows, sums and tables are small. The
+gradient of the form without lists runs in XLA, as do products of float64.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A program streams its units a chunk at a time: products on tensor cores, heads r
 the query's running threshold appended to a buffer of candidates, in order of index. When the buffer may overflow, the
 K-th largest candidate is found exactly, by bisection over the ordered bit patterns of floats, and the buffer is cut back
 to K; from then on most scores fail the threshold. Device memory holds 2 K candidates per query and part instead of a
-score per unit. Few queries (decoding) cut the units into parts, whose candidates one top-k merges.
+score per unit, for a few thousand queries at a time. Few queries (decoding) cut the units into parts, whose candidates one
+top-k merges.
 """
 
 from __future__ import annotations
