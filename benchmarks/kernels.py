@@ -20,7 +20,8 @@ from benchmarks.boards.peers import Torch
 from models.cores import heads_mesh, one_device_per_core
 
 LEGEND = (
-    "Calls of one shape take turns; times are medians over the rounds, with the fastest and the slowest.",
+    "Calls of one shape take turns; times are medians over the rounds (up to five times as many where calls are short), with "
+    "the fastest and the slowest.",
     "ratio: time of this contender over ours (above 1 we are faster). of ideal: dense time x share of the work / our time.",
     "GFLOP/s and GB/s count the products a call must make and the bytes it must move once; the percentages are of this "
     "machine's ceilings, a matrix product and a copy on all devices in the same run. Dense peers do all the work, so theirs "
@@ -37,7 +38,7 @@ class Kernels:
     """Lengths of flash calls; decoding reads eight times as many keys, linear runs at one, two and eight times as many."""
     head_dim: int = 64
     repeats: int = 5
-    """Rounds after the first, which compiles."""
+    """Rounds after the first, which compiles; short calls get more."""
     memory: tuple[int, ...] = (32768, 65536, 131072)
     """Lengths whose memory is looked up in the compiled programs; none is run."""
     out: Path = Path("benchmarks/results")

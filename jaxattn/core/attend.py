@@ -249,7 +249,7 @@ def attend_lowered(operands: dict, options: Options, listed: bool, implementatio
     else:
         few = rows == 1 and n <= FEW and many
         fetched = listed and plain and known and (rows == n > 1 or few)
-        if not fetched or rows == 1 and implementation is None and walks(operands, options):
+        if not fetched or rows == 1 and implementation in (None, "xla") and walks(operands, options):
             return flash(operands, options, implementation)
     static = lists.Options(options.mask, options.scale, options.unit, distinct=options.distinct, **operands.get("rope", {}))
     operands = {x: a for x, a in operands.items() if x not in ("row", "key", "rope")}
