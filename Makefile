@@ -2,7 +2,8 @@
 # Another interpreter: make test PYTHON=python3.12.
 # No type checker: what goes wrong here is shapes and dtypes, which mypy does not see. Tried on core, it gave 36
 # reports, nearly all about records made by our decorators; ruff and the tests carry the load.
-# loadscope: the tests of one module share compiled functions, so they stay on one worker.
+# loadscope: the tests of one module share compiled functions, so they stay on one worker; in order, because modules of one
+# long test would come last otherwise.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +20,7 @@ demo: $(STAMP)
 	$(PY) -m benchmarks demo
 
 test: lint
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadscope $(TESTS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
