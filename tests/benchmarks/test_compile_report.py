@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +33,10 @@ def test_compile_time_does_not_grow_with_depth():
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        times = [(report.seconds(few)[1], report.seconds(many)[1]) for _ in range(3)]
+        times = [(report.seconds(few)[1], report.seconds(many)[1]) for _ in range(5)]
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
-    short, long = (statistics.median(t) for t in zip(*times, strict=True))
+    short, long = (min(t) for t in zip(*times, strict=True))
     assert long < 1.6 * short, times
 
 

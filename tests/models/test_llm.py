@@ -96,7 +96,7 @@ def test_remat_changes_no_gradient():
         found.append(step(llm_params()))
         names = str(step.trace(llm_params()).jaxpr)
         assert ("remat" in names or "checkpoint" in names) == remat
-    jax.tree.map(lambda a, b: close(a, b, atol=1e-5), *found)
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-5 * max(1.0, np.abs(b).max())), *found)
 
 
 def test_gradients_agree_with_finite_differences():
