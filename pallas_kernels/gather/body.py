@@ -97,8 +97,7 @@ def _forward(o: dict, opt, body: Body):
         found["sums"] = jnp.zeros((s.b, s.g if opt.sums == "kv" else s.h, s.n, s.length), acc)
 
     def of_heads(part, here: dict, found: dict):
-        keys = body.keys(here, opt, lists.shape_of(here | part.of_rows(o), opt))
-        return functools.partial(of_rows, keys), found, lambda found: found
+        return functools.partial(of_rows, body.keys(here, opt, part.shape)), found, lambda found: found
 
     def of_rows(keys, part, here: dict, new, found: dict):
         c = lists.shape_of(here, opt)
@@ -127,14 +126,13 @@ def _backward(o: dict, opt, body: Body, out, lse, d_out, d_lse):
     grads = {x: jnp.zeros(o[x].shape, acc if x in weights else o[x].dtype) for x in ("q", "k", "v", *weights)}
 
     def of_heads(part, here: dict, grads: dict):
-        c = lists.shape_of(here | part.of_rows(o), opt)
-        state = {"grads": grads, "keys": varying(body.zeros(here, opt, c), o)}
+        state = {"grads": grads, "keys": varying(body.zeros(here, opt, part.shape), o)}
 
         def finish(state: dict) -> dict:
-            found = dict(zip("kv", body.finish(here, c, state["keys"]), strict=True))
+            found = dict(zip("kv", body.finish(here, part.shape, state["keys"]), strict=True))
             return state["grads"] | {x: part.put(state["grads"][x], found[x], *axes[x]) for x in found}
 
-        return functools.partial(of_rows, body.keys(here, opt, c)), state, finish
+        return functools.partial(of_rows, body.keys(here, opt, part.shape)), state, finish
 
     def of_rows(keys, part, here: dict, new, state: dict):
         c = lists.shape_of(here, opt)

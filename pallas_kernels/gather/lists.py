@@ -190,6 +190,11 @@ class Part:
     head: jax.Array | int
     heads: int
 
+    @property
+    def shape(self) -> Shape:
+        """Of all queries with these heads."""
+        return dataclasses.replace(self.s, h=self.heads * self.s.r, g=self.heads)
+
     def _heads(self, n: int) -> tuple:
         """(start, size) of an axis of 1, G or H heads."""
         if n == 1 or self.heads == self.s.g:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mesh import varying
 from pallas_kernels._vmap import folding
 from pallas_kernels.flash import layout
 from pallas_kernels.indexer import reference, xla
@@ -89,24 +88,14 @@ class Forward:
         return folding(lambda b, o: self._parts(o, opt), o["q"].shape[0])(o)
 
     def _parts(self, o, opt):
-        """``_run``, over ``PART`` queries at a time where a kernel leaves more than the lists; the last part reaches back."""
+        """``_run``, over ``PART`` queries at a time where a kernel leaves more than the lists."""
         n = o["q"].shape[1]
         if self.ascending or n <= PART:
             return self._run(o, opt)
-        sides = {x: 1 for x in ("q", "weight")} | {x: -1 for x in ("q_valid", "q_low", "q_high")}
-        rows = {x: o[x] for x in sides if o.get(x) is not None}
-
-        def some(start):
-            take = lambda axis: lambda x: lax.dynamic_slice_in_dim(x, start, PART, axis)  # noqa: E731
-            return self._run(o | {x: jax.tree.map(take(sides[x]), a) for x, a in rows.items()}, opt)
-
-        def step(j, found):
-            start = jnp.minimum(j * PART, n - PART)
-            return jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 2), found, some(start))
-
-        shapes = jax.eval_shape(some, 0)
-        found = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], n, *x.shape[3:]), x.dtype), shapes)
-        return lax.fori_loop(0, -(-n // PART), step, varying(found, o))
+        cut = lambda axis: lambda x: xla._tiles(x, axis % x.ndim, PART)  # noqa: E731
+        axes = {"q": 1, "weight": 1, "q_valid": -1, "q_low": -1, "q_high": -1}
+        rows = {x: jax.tree.map(cut(axis), o[x]) for x, axis in axes.items() if o.get(x) is not None}
+        return tuple(xla._join(x, n) for x in lax.map(lambda part: self._run(o | part, opt), rows))
 
     def _run(self, o, opt):
         q, k, weight = reference.by_list(o, opt)
