@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,10 @@ def test_compile_time_does_not_grow_with_depth():
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        times = [(report.seconds(few)[1], report.seconds(many)[1]) for _ in range(5)]
+        times = [(report.seconds(few)[1], report.seconds(many)[1]) for _ in range(7)]
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
-    short, long = (min(t) for t in zip(*times, strict=True))
+    short, long = (statistics.median(t) for t in zip(*times, strict=True))
     assert long < 1.6 * short, times
 
 
